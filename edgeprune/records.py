@@ -1,0 +1,583 @@
+"""The records the stages pass to each other: frozen, plain values, JSON both ways.
+
+Every record that a stage writes has a `key`: a hash of the parameters it was made with and of the
+keys it was made from. Resume, caching and provenance all come from `key`. Names end in their unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from edgeprune.errors import ConfigError
+from edgeprune.registry import suggest
+
+SCHEMA = 1
+
+T = TypeVar("T")
+
+
+# ---------------------------------------------------------------- targets, profiles, budgets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedModel:
+    """Decode speed of one (runtime, power mode): t = bytes / bandwidth + layers * layer_ns."""
+
+    runtime: str
+    mode: str
+    bandwidth_bytes_per_s: float
+    layer_ns: float
+    compute_flops: float | None
+    relative_error: float  # half width of the 80% band, as a fraction of the prediction
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerMode:
+    name: str
+    bandwidth_peak_bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One figure of a target file with where it comes from."""
+
+    field: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTarget:
+    """Facts of a device, true whatever model runs on it."""
+
+    kind: ClassVar[str] = "device_target"
+    name: str
+    title: str
+    family: str | None
+    arch: str
+    isa: tuple[str, ...]
+    cores: int
+    memory_bytes: int  # what the system reports
+    usable_bytes: int  # sensible budget for weights + KV + compute
+    bandwidth_peak_bytes_per_s: float
+    power_modes: tuple[PowerMode, ...]
+    default_mode: str | None
+    formats: tuple[str, ...]  # export formats, the default one first
+    runtime_overhead_bytes: int  # what a runtime allocates beside the model, e.g. a CUDA context
+    speeds: tuple[SpeedModel, ...]
+    local: bool  # this very machine
+    facts: tuple[Fact, ...]
+    notes: tuple[str, ...]
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    prompt_tokens: int
+    new_tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    metric: str
+    allocators: tuple[str, ...]
+    calibration_samples: int
+    calibration_tokens: int
+    eval_samples: int
+    eval_tokens: int
+    formats: tuple[str, ...]
+    quantizations: tuple[str, ...]
+    ratios: tuple[float, ...]  # rungs of the ladder beside the ones that just fit
+    max_measured: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchProtocol:
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A use case: workload, limits, recipe. No hardware numbers."""
+
+    kind: ClassVar[str] = "profile"
+    name: str
+    title: str
+    workload: Workload
+    min_decode_tps: float | None
+    max_first_token_ms: float | None
+    max_kl: float | None
+    recipe: Recipe
+    bench: BenchProtocol
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    value: float
+    unit: str
+    source: str  # "command line", "profile chat-2k", "target laptop-cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The resolved limits of one run; for each the stricter of target, profile and command line."""
+
+    kind: ClassVar[str] = "budget"
+    memory_bytes: Limit
+    file_bytes: Limit | None
+    decode_tps: Limit | None  # at least
+    first_token_ms: Limit | None  # at most
+    kl: Limit | None  # at most
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRule:
+    """What a runtime allows for one kind of unit."""
+
+    uniform_across_layers: bool
+    multiple_of: int
+    min_keep: int
+    fixed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """Legal shapes of one export format, known before anything is cut."""
+
+    kind: ClassVar[str] = "constraints"
+    format: str
+    ffn: UnitRule
+    kv: UnitRule
+    reasons: tuple[str, ...]
+
+
+# ---------------------------------------------------------------- models and plans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """Widths of one decoder layer. n_kv_heads 0: no attention. n_ff 0: no FFN."""
+
+    n_heads: int
+    n_kv_heads: int
+    n_ff: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDims:
+    """Sizes that describe one decoder, pruned or not."""
+
+    kind: ClassVar[str] = "model_dims"
+    family: str
+    vocab: int
+    hidden: int
+    head_dim: int
+    max_context: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    rms_eps: float
+    layers: tuple[LayerShape, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSlice:
+    """Unit i owns rows `offset + i*block … + block` of `tensor` along `dim`."""
+
+    tensor: str
+    dim: int
+    block: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """All units of one kind ('ffn' or 'kv') in one layer, and the slices that are cut together."""
+
+    name: str  # "layers.3.ffn"
+    unit: str
+    layer: int
+    n_units: int
+    unit_params: int
+    slices: tuple[TensorSlice, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGraph:
+    """Axes and tensor shapes of a model: built from its config alone, no weights."""
+
+    kind: ClassVar[str] = "model_graph"
+    dims: ModelDims
+    axes: tuple[Axis, ...]
+    shapes: dict[str, tuple[int, ...]]  # HF tensor name -> shape
+    decoder_params: int  # parameters of the decoder layers
+    total_params: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSet:
+    """Token ids used for calibration or evaluation, [n_samples, n_tokens], beside the record."""
+
+    kind: ClassVar[str] = "token_set"
+    origin: str  # "sampled from the model" or a file name
+    seed: int
+    n_samples: int
+    n_tokens: int
+    sha256: str
+    path: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationStats:
+    """Where the arrays of one calibration pass lie, and what was collected."""
+
+    kind: ClassVar[str] = "calibration_stats"
+    needs: tuple[str, ...]
+    tokens: int
+    data_sha256: str
+    arrays: str
+    arrays_sha256: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceScores:
+    """One float per unit and axis, higher = keep; the arrays lie beside the record."""
+
+    kind: ClassVar[str] = "importance_scores"
+    metric: str
+    options: dict[str, str]
+    poolable: bool  # scores of different layers and kinds may be compared with each other
+    arrays: str
+    arrays_sha256: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunePlan:
+    """Which units stay. `kept` lists sorted indices for every axis that loses something."""
+
+    kind: ClassVar[str] = "prune_plan"
+    id: str
+    metric: str
+    allocator: str
+    requested_ratio: float
+    ratio: float  # of decoder-layer parameters, reached
+    ratio_all: float  # of all parameters, reached
+    uniform: bool
+    kept: dict[str, tuple[int, ...]]
+    dims: ModelDims  # after the cut
+    binding: str | None  # what stopped the plan short of the requested ratio
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanLadder:
+    kind: ClassVar[str] = "plan_ladder"
+    plans: tuple[PrunePlan, ...]  # weak to strong, the dense model first
+    key: str
+
+
+# ---------------------------------------------------------------- artifacts and measurements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    kind: ClassVar[str] = "artifact"
+    path: str  # relative to the run folder
+    format: str
+    quantization: str
+    bytes: int
+    sha256: str
+    made_from: str  # key of the parent record
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchFlags:
+    """Flags that change what a runtime needs; measured and shipped with the artifact."""
+
+    context_tokens: int
+    ubatch: int
+    kv_type: str  # f16, q8_0, q4_0
+    mmap: bool
+    flash_attention: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyResult:
+    """The exported file against torch on the same tokens."""
+
+    kind: ClassVar[str] = "verify_result"
+    tokens: int
+    kl: float
+    max_abs_diff: float
+    same_argmax: int  # of `tokens`
+    explained_argmax: int  # differences where torch's own top two are closer than the noise
+    passed: bool
+    reason: str | None
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """State of the machine that measured."""
+
+    cpu: str
+    n_cpus: int
+    governor: str | None
+    temperature_c: float | None
+    load_average: float
+    power_mode: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchResult:
+    """Raw times of one artifact on one device. Prefill and decode apart, warm-up left out."""
+
+    kind: ClassVar[str] = "bench_result"
+    artifact_sha256: str
+    device: str
+    runtime: str
+    runtime_version: str
+    simulated: bool
+    n_threads: int
+    flags: LaunchFlags
+    n_prompt: int
+    n_gen: int
+    prefill_ns: tuple[int, ...]
+    decode_ns: tuple[int, ...]  # whole run of n_gen tokens, one per repeat
+    load_ns: int
+    thread_sweep: dict[str, float]  # threads -> decode tokens/s
+    environment: Environment
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryResult:
+    """Peak memory of a fresh process with the whole context filled, less its value before the model."""
+
+    kind: ClassVar[str] = "memory_result"
+    artifact_sha256: str
+    device: str
+    flags: LaunchFlags
+    peak_bytes: int  # VmHWM at the end minus before
+    before_bytes: int
+    tokens_filled: int
+    load_ns: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityResult:
+    """Quality of the exported artifact through its runtime, against the dense F16 parent."""
+
+    kind: ClassVar[str] = "quality_result"
+    artifact_sha256: str
+    text: str  # what was read: origin of the tokens
+    tokens: int
+    kl: float  # nats per token
+    kl_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    agreement: float  # share of positions with the parent's argmax
+    dense_perplexity: float
+    kl_arrays: str  # per-token KL beside the record, for paired comparison
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    file_bytes: int
+    peak_memory_bytes: int
+    decode_tps: float | None
+    decode_tps_low: float | None
+    decode_tps_high: float | None
+    flags: LaunchFlags | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    on: str  # which machine
+    decode_tps: float | None
+    decode_tps_stdev: float | None
+    prefill_tps: float | None
+    peak_memory_bytes: int | None
+    load_s: float | None
+    flags: LaunchFlags | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualitySummary:
+    kl: float
+    kl_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    agreement: float
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One (plan, quantization) through its lane."""
+
+    kind: ClassVar[str] = "candidate"
+    id: str
+    plan: str
+    ratio: float
+    ratio_all: float
+    metric: str | None
+    allocator: str | None
+    quantization: str
+    uniform: bool
+    artifact: Artifact | None
+    predicted: Predicted
+    measured: Measured | None
+    quality: QualitySummary | None
+    verify: VerifyResult | None
+    meets: dict[str, bool]
+    error: str | None
+    reason: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    kind: ClassVar[str] = "selection"
+    selected: str | None
+    ties: tuple[str, ...]
+    headline: str
+    nearest: str | None
+    missed: tuple[str, ...]
+    reasons: dict[str, str]
+    key: str
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a record into JSON values; top-level records carry `kind` and `schema`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out: dict[str, Any] = {}
+        kind = getattr(type(value), "kind", None)
+        if kind is not None:
+            out["kind"] = kind
+            out["schema"] = SCHEMA
+        for field in dataclasses.fields(value):
+            out[field.name] = to_plain(getattr(value, field.name))
+        return out
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"records hold finite numbers only, not {value}")
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"records hold plain values only, not {type(value).__name__}")
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(to_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def make_key(kind: str, *parts: Any) -> str:
+    """Hash of a kind and its parameters; records and containers of plain values are accepted."""
+    text = json.dumps([kind, SCHEMA, to_plain(list(parts))], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_plain(cls: type[T], data: Any, *, where: str = "record") -> T:
+    """Build a record from JSON values, strictly. Raises ConfigError listing every problem."""
+    problems: list[str] = []
+    value = _build(cls, data, where, problems)
+    if problems:
+        raise ConfigError(problems)
+    return typing.cast(T, value)
+
+
+def loads(cls: type[T], text: str, *, where: str = "record") -> T:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from None
+    return from_plain(cls, data, where=where)
+
+
+def _build(kind: Any, data: Any, where: str, problems: list[str]) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if data is None and type(None) in options:
+            return None
+        rest = [o for o in options if o is not type(None)]
+        return _build(rest[0], data, where, problems)
+    if dataclasses.is_dataclass(kind):
+        return _build_record(typing.cast(type, kind), data, where, problems)
+    if origin is tuple:
+        if not isinstance(data, list):
+            problems.append(f"{where}: expected a list")
+            return ()
+        item = typing.get_args(kind)[0]
+        return tuple(_build(item, v, f"{where}[{i}]", problems) for i, v in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            problems.append(f"{where}: expected a table")
+            return {}
+        item = typing.get_args(kind)[1]
+        return {str(k): _build(item, v, f"{where}.{k}", problems) for k, v in data.items()}
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if kind in (str, int, float, bool):
+        if type(data) is not kind:
+            problems.append(f"{where}: expected {kind.__name__}, found {data!r:.60}")
+            return kind()
+        if kind is float and not math.isfinite(data):
+            problems.append(f"{where}: expected a finite number")
+        return data
+    raise TypeError(f"{where}: field type {kind} is not supported")
+
+
+def _build_record(cls: type, data: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(data, dict):
+        problems.append(f"{where}: expected a table")
+        return None
+    data = dict(data)
+    kind = getattr(cls, "kind", None)
+    if kind is not None:
+        if "schema" in data and data.pop("schema") != SCHEMA:
+            problems.append(f"{where}: written with another schema; this version reads schema {SCHEMA}")
+        if "kind" in data and data.pop("kind") != kind:
+            problems.append(f"{where}: not a {kind} record")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for name in data:
+        if name not in fields:
+            problems.append(f"{where}: unknown key '{name}'{suggest(name, fields)}")
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _build(hints[name], data[name], f"{where}.{name}", problems)
+        elif field.default is dataclasses.MISSING:
+            problems.append(f"{where}: missing key '{name}'")
+    if problems:
+        return None
+    return cls(**values)
