@@ -1,0 +1,1 @@
+"""Runtimes that run an exported artifact: one file each, exposing RUNTIME."""

@@ -1,0 +1,504 @@
+"""Run one llama.cpp job in this process: `python -m edgeprune.runtimes._llama_worker JOBFILE`.
+
+The job file is JSON: `job`, `result` (where the JSON answer goes), `parent` (process id) and the
+job's own arguments. llama.cpp may abort the process; that is why nothing else runs in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+KV_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "iq4_nl": 20,
+}
+
+# nats below a row's maximum that a stored reference logit can express
+SPAN_NATS = 24.0
+_LEVELS = 65535
+
+
+class JobError(Exception):
+    """Something the caller should read in one line."""
+
+
+class _Engine:
+    """llama_cpp's ctypes functions, and the errors the library logged."""
+
+    def __init__(self) -> None:
+        # a backtrace through gdb would hide the message, and can hang
+        os.environ["GGML_NO_BACKTRACE"] = "1"
+        import llama_cpp.llama_cpp as lib
+
+        self.lib: Any = lib
+        self.errors: list[str] = []
+
+        @lib.llama_log_callback
+        def log(level: int, text: bytes, _data: Any) -> None:
+            if level == 4 and len(self.errors) < 50:  # 4: error
+                self.errors.append(text.decode("utf-8", "replace").strip())
+
+        self._log = log
+        lib.llama_log_set(log, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+
+    def why(self) -> str:
+        """Return the first thing the library complained about; later lines only repeat it."""
+        return self.errors[0] if self.errors else "no reason given by the library"
+
+
+class _Session:
+    """One open model and context. `load_ns` is the time to open the model."""
+
+    def __init__(
+        self,
+        engine: _Engine,
+        path: str,
+        flags: dict[str, Any],
+        *,
+        threads: int,
+        n_ctx: int | None = None,
+        n_batch: int | None = None,
+        logits_bytes: int | None = None,
+    ) -> None:
+        lib = self.lib = engine.lib
+        self.engine = engine
+        if not os.path.isfile(path):
+            raise JobError(f"there is no file {path}")
+        if flags["kv_type"] not in KV_TYPES:
+            raise JobError(f"unknown KV cache type '{flags['kv_type']}'; known: {', '.join(KV_TYPES)}")
+        model_params = lib.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        model_params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if flags["mmap"] else lib.LLAMA_LOAD_MODE_NONE
+        began = time.perf_counter_ns()
+        self.model = lib.llama_model_load_from_file(os.fsencode(path), model_params)
+        self.load_ns = time.perf_counter_ns() - began
+        if not self.model:
+            raise JobError(f"llama.cpp cannot load {os.path.basename(path)}: {engine.why()}")
+        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        self.n_ctx = int(n_ctx or flags["context_tokens"])
+        self.n_batch = int(n_batch or min(self.n_ctx, 2048))
+        if logits_bytes is not None:
+            self.n_batch = min(self.n_batch, max(16, logits_bytes // (4 * self.vocab)))
+        context_params = lib.llama_context_default_params()
+        context_params.n_ctx = self.n_ctx
+        context_params.n_batch = self.n_batch
+        context_params.n_ubatch = min(int(flags["ubatch"]), self.n_batch)
+        context_params.n_seq_max = 1
+        context_params.n_threads = context_params.n_threads_batch = threads
+        context_params.type_k = context_params.type_v = KV_TYPES[flags["kv_type"]]
+        context_params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if flags["flash_attention"]
+            else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        context_params.no_perf = True
+        self.context = lib.llama_init_from_model(self.model, context_params)
+        if not self.context:
+            raise JobError(f"llama.cpp cannot open a context of {self.n_ctx} tokens: {engine.why()}")
+        self.batch = lib.llama_batch_init(self.n_batch, 0, 1)
+        self.position = 0
+
+    def clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        self.position = 0
+
+    def set_threads(self, n: int) -> None:
+        self.lib.llama_set_n_threads(self.context, n, n)
+
+    def feed(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
+        """Decode at most n_batch tokens; logits of all of them, or of the last one."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            if not 0 <= token < self.vocab:
+                raise JobError(f"token {token} is not in the model's vocabulary of {self.vocab}")
+            batch.token[i] = token
+            batch.pos[i] = self.position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = all_logits
+        batch.logits[len(tokens) - 1] = True
+        code = self.lib.llama_decode(self.context, batch)
+        if code != 0:
+            raise JobError(f"llama.cpp failed to decode at position {self.position} (code {code})")
+        self.lib.llama_synchronize(self.context)
+        self.position += len(tokens)
+
+    def prompt(self, tokens: Sequence[int]) -> None:
+        for start in range(0, len(tokens), self.n_batch):
+            self.feed(tokens[start : start + self.n_batch])
+
+    def logits(self, rows: int) -> Any:
+        """View the logits of the last call as [rows, vocab]; valid until the next one."""
+        import numpy as np
+
+        pointer = ctypes.cast(self.lib.llama_get_logits(self.context), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab))
+
+
+def _pseudo_tokens(n: int, vocab: int, seed: int = 1) -> list[int]:
+    """Make n token ids that repeat in every run: a linear congruence, no imports."""
+    state, out = seed, []
+    for _ in range(n):
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        out.append((state >> 33) % vocab)
+    return out
+
+
+# ---------------------------------------------------------------- bench
+
+
+def bench(args: dict[str, Any]) -> dict[str, Any]:
+    """Time prefill on an empty cache and then one-token decoding, `repeats` times."""
+    n_prompt, n_gen, repeats = args["n_prompt"], args["n_gen"], args["repeats"]
+    flags = args["flags"]
+    if n_prompt + n_gen > flags["context_tokens"]:
+        raise JobError(
+            f"{n_prompt} + {n_gen} tokens do not fit into a context of {flags['context_tokens']} tokens"
+        )
+    engine = _Engine()
+    session = _Session(engine, args["path"], flags, threads=args["threads"] or 1)
+    prompt = _pseudo_tokens(n_prompt, session.vocab)
+    generated = _pseudo_tokens(n_gen, session.vocab, seed=2)
+
+    sweep: dict[str, float] = {}
+    threads = args["threads"]
+    for n in args["sweep"]:
+        session.set_threads(n)
+        sweep[str(n)] = _decode_rate(session, args["sweep_tokens"])
+    if threads is None:
+        threads = max((int(n) for n in sweep), key=lambda n: sweep[str(n)], default=1)
+    session.set_threads(threads)
+
+    def once() -> tuple[int, int]:
+        session.clear()
+        began = time.perf_counter_ns()
+        session.prompt(prompt)
+        between = time.perf_counter_ns()
+        for token in generated:
+            session.feed([token])
+        return between - began, time.perf_counter_ns() - between
+
+    once()  # warm-up
+    timed = [once() for _ in range(repeats)]
+    lib = engine.lib
+    text = ctypes.create_string_buffer(256)
+    lib.llama_model_desc(session.model, text, 256)
+    return {
+        "threads": threads,
+        "sweep": sweep,
+        "prefill_ns": [a for a, _ in timed],
+        "decode_ns": [b for _, b in timed],
+        "load_ns": session.load_ns,
+        "n_batch": session.n_batch,
+        "model_type": text.value.decode("utf-8", "replace"),
+        "model_bytes": int(lib.llama_model_size(session.model)),
+        "model_params": int(lib.llama_model_n_params(session.model)),
+        "build_commit": _build_commit(),
+    }
+
+
+def _decode_rate(session: _Session, n: int) -> float:
+    """Tokens per second over n one-token steps, after four that do not count."""
+    tokens = _pseudo_tokens(n + 4, session.vocab, seed=3)
+    session.clear()
+    for token in tokens[:4]:
+        session.feed([token])
+    began = time.perf_counter_ns()
+    for token in tokens[4:]:
+        session.feed([token])
+    return n * 1e9 / (time.perf_counter_ns() - began)
+
+
+def _build_commit() -> str:
+    try:
+        from llama_cpp._ggml import libggml
+
+        libggml.ggml_commit.restype = ctypes.c_char_p
+        return str(libggml.ggml_commit().decode())
+    except (ImportError, AttributeError, UnicodeDecodeError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory(args: dict[str, Any]) -> dict[str, Any]:
+    """Fill the whole context and report how far the peak resident size rose from before the model."""
+    flags = args["flags"]
+    n_ctx = flags["context_tokens"]
+    if n_ctx < 16:
+        raise JobError(f"a context of {n_ctx} tokens is too short to measure")
+    engine = _Engine()
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak starts again at the present size
+    before = _peak_bytes()
+    session = _Session(engine, args["path"], flags, threads=args["threads"])
+    session.prompt(_pseudo_tokens(n_ctx - 8, session.vocab))
+    for token in _pseudo_tokens(8, session.vocab, seed=2):
+        session.feed([token])
+    return {
+        "before_bytes": before,
+        "peak_bytes": _peak_bytes() - before,
+        "tokens_filled": session.position,
+        "load_ns": session.load_ns,
+    }
+
+
+# ---------------------------------------------------------------- logits, reference, quality
+
+
+def _open_windows(args: dict[str, Any]) -> tuple[_Session, Any]:
+    """Open a model sized for the token windows; returns it with the windows, int32 [n, T]."""
+    import numpy as np
+
+    windows = np.fromfile(args["tokens"], dtype="<i4").reshape(args["shape"])
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise JobError("token windows must have the shape [n, T] with T of at least 2")
+    n_ctx = -(-windows.shape[1] // 256) * 256
+    n_batch = max(1, min(args["flags"]["ubatch"], windows.shape[1]))
+    session = _Session(
+        _Engine(),
+        args["path"],
+        args["flags"],
+        threads=args["threads"],
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        logits_bytes=64 << 20,
+    )
+    return session, windows
+
+
+def _each_chunk(session: _Session, windows: Any) -> Iterator[tuple[int, int, Any]]:
+    """Yield (window, first position, logits [rows, vocab]) over all windows, in order."""
+    for w, row in enumerate(windows.tolist()):
+        session.clear()
+        for start in range(0, len(row), session.n_batch):
+            chunk = row[start : start + session.n_batch]
+            session.feed(chunk, all_logits=True)
+            yield w, start, session.logits(len(chunk))
+
+
+def logits(args: dict[str, Any]) -> dict[str, Any]:
+    """Write the logits of every position, float32 [n*T, vocab], little-endian."""
+    session, windows = _open_windows(args)
+    with open(args["out"], "wb") as f:
+        for _, _, rows in _each_chunk(session, windows):
+            f.write(rows.astype("<f4", copy=False).tobytes())
+    return {"rows": int(windows.size), "vocab": session.vocab}
+
+
+def _log_sum_exp(shifted: Any) -> Any:
+    """Log of the sum of exp over rows whose maximum is 0; float32 in, float64 out."""
+    import numpy as np
+
+    return np.log(np.exp(shifted).sum(axis=1, dtype=np.float64))
+
+
+def reference(args: dict[str, Any]) -> dict[str, Any]:
+    """Store the parent's distributions: per row uint16 steps below the maximum, [n*(T-1), vocab].
+
+    A step is 24/65535 nats, so a stored logit is off by at most 1.8e-4 nats; what lies more than
+    24 nats below the maximum is stored as 24 (each such token then has less than 4e-11).
+    """
+    import numpy as np
+
+    session, windows = _open_windows(args)
+    n, length = windows.shape
+    step = SPAN_NATS / _LEVELS
+    nll = np.zeros((n, length - 1), dtype=np.float32)
+    argmax = np.zeros((n, length - 1), dtype=np.int32)
+    with open(args["out"], "wb") as f:
+        for w, start, block in _each_chunk(session, windows):
+            for r in range(0, block.shape[0], 8):
+                first = start + r
+                rows = block[r : r + min(8, length - 1 - first)]
+                if rows.shape[0] == 0:
+                    continue
+                peak = rows.max(axis=1, keepdims=True)
+                if not np.isfinite(peak).all():
+                    raise JobError(f"the parent model gives logits that are not finite in window {w}")
+                shifted = rows - peak
+                steps = np.rint(np.minimum(shifted * np.float32(-1 / step), _LEVELS))
+                f.write(steps.astype("<u2").tobytes())
+                here = slice(first, first + rows.shape[0])
+                target = windows[w, first + 1 : first + 1 + rows.shape[0]]
+                chosen = shifted[np.arange(rows.shape[0]), target]
+                nll[w, here] = _log_sum_exp(shifted) - chosen
+                argmax[w, here] = rows.argmax(axis=1)
+    _save_arrays(args["arrays"], {"nll": nll, "argmax": argmax})
+    return {"vocab": session.vocab, "rows": int(nll.size), "span_nats": SPAN_NATS, "levels": _LEVELS}
+
+
+def quality(args: dict[str, Any]) -> dict[str, Any]:
+    """Stream the candidate's distributions against the stored ones; per-token arrays [n, T-1]."""
+    import numpy as np
+
+    session, windows = _open_windows(args)
+    n, length = windows.shape
+    if session.vocab != args["vocab"]:
+        raise JobError(
+            f"the candidate has a vocabulary of {session.vocab} tokens, the parent {args['vocab']}: "
+            "their distributions cannot be compared"
+        )
+    row_bytes = 2 * session.vocab
+    if os.path.getsize(args["reference"]) != n * (length - 1) * row_bytes:
+        raise JobError(f"{args['reference']} does not hold {n} windows of {length} tokens")
+    step = np.float32(-args["span_nats"] / args["levels"])
+    kl = np.zeros((n, length - 1), dtype=np.float32)
+    nll = np.zeros_like(kl)
+    argmax = np.zeros((n, length - 1), dtype=np.int32)
+    with open(args["reference"], "rb") as f:
+        for w, start, block in _each_chunk(session, windows):
+            for r in range(0, block.shape[0], 8):
+                first = start + r
+                rows = block[r : r + min(8, length - 1 - first)]
+                k = rows.shape[0]
+                if k == 0:
+                    continue
+                stored = np.frombuffer(f.read(k * row_bytes), dtype="<u2").reshape(k, session.vocab)
+                p = stored * step
+                q = rows - rows.max(axis=1, keepdims=True)
+                if not np.isfinite(q).all():
+                    raise JobError(f"the model gives logits that are not finite in window {w}")
+                weights = np.exp(p)
+                total = weights.sum(axis=1, dtype=np.float64)
+                mean = np.einsum("ij,ij->i", weights, p - q, dtype=np.float64) / total
+                lse_q = _log_sum_exp(q)
+                here = slice(first, first + k)
+                target = windows[w, first + 1 : first + 1 + k]
+                # sum p (log p - log q), with log p = p' - log sum exp p'
+                kl[w, here] = mean - np.log(total) + lse_q
+                nll[w, here] = lse_q - q[np.arange(k), target]
+                argmax[w, here] = rows.argmax(axis=1)
+    _save_arrays(args["arrays"], {"kl": kl, "nll": nll, "argmax": argmax})
+    return {"vocab": session.vocab, "rows": int(nll.size)}
+
+
+def _save_arrays(path: str, arrays: dict[str, Any]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(arrays, path)
+
+
+# ---------------------------------------------------------------- quantize
+
+
+def quantize(args: dict[str, Any]) -> dict[str, Any]:
+    """Quantize `master` into `out`, with types per tensor and an importance matrix."""
+    if not os.path.isfile(args["master"]):
+        raise JobError(f"there is no file {args['master']}")
+    engine = _Engine()
+    lib = engine.lib
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = args["ftype"]
+    params.nthread = args["threads"]
+    params.allow_requantize = args["allow_requantize"]
+    overrides = [(pattern.encode(), kind) for pattern, kind in args["overrides"]]
+    # the library reads both lists up to an entry without a name
+    override_list = (lib.llama_model_tensor_override * (len(overrides) + 1))()
+    for slot, (pattern, kind) in zip(override_list, overrides, strict=False):
+        slot.pattern, slot.type = pattern, kind
+    if overrides:
+        params.tt_overrides = override_list
+    kept: list[Any] = []
+    if args["imatrix"]:
+        import numpy as np
+        from safetensors.numpy import load_file
+
+        columns = {
+            k: np.ascontiguousarray(v, dtype=np.float32) for k, v in load_file(args["imatrix"]).items()
+        }
+        for name, values in columns.items():
+            if values.ndim != 1 or not np.isfinite(values).all():
+                raise JobError(f"the importance matrix of {name} must be one finite number per column")
+        imatrix = (lib.llama_model_imatrix_data * (len(columns) + 1))()
+        for slot, (name, values) in zip(imatrix, columns.items(), strict=False):
+            slot.name = name.encode()
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            slot.size = values.size
+        kept = [columns, imatrix]
+        params.imatrix = imatrix
+    code = lib.llama_model_quantize(
+        os.fsencode(args["master"]), os.fsencode(args["out"]), ctypes.byref(params)
+    )
+    if code != 0:
+        name = os.path.basename(args["master"])
+        raise JobError(f"llama.cpp cannot quantize {name} (code {code}): {engine.why()}")
+    return {"bytes": os.path.getsize(args["out"]), "imatrix_tensors": len(kept[0]) if kept else 0}
+
+
+JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "bench": bench,
+    "memory": memory,
+    "logits": logits,
+    "reference": reference,
+    "quality": quality,
+    "quantize": quantize,
+}
+
+
+def _die_with(parent: int) -> None:
+    """Ask Linux to kill this process when its parent goes, so a killed run leaves no writer behind."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main(job_file: str) -> int:
+    with open(job_file, encoding="utf-8") as f:
+        job = json.load(f)
+    _die_with(job["parent"])
+    try:
+        answer: dict[str, Any] = {"ok": JOBS[job["job"]](job)}
+    except JobError as error:
+        answer = {"error": str(error)}
+    except MemoryError:
+        answer = {"error": "not enough memory"}
+    except OSError as error:
+        answer = {"error": f"{error.strerror or error}: {error.filename}", "errno": error.errno}
+    temporary = job["result"] + ".part"
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(answer, f)
+    os.replace(temporary, job["result"])
+    sys.stdout.flush()
+    # the library's own exit handlers have nothing left to save and may crash
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
