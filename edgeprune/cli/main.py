@@ -1,0 +1,265 @@
+"""The `edgeprune` command: the whole pipeline, and the group its verbs hang on."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune import __version__, registry
+from edgeprune.errors import ConfigError, EdgepruneError
+from edgeprune.units import parse_bytes
+
+INTERRUPTED = 130
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+
+
+class _Verbs(click.Group):
+    """Imports the file of a verb only when that verb, or the list of all, is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in registry.names("cli") if name != "main"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"edgeprune.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"edgeprune/cli/{cmd_name}.py: 'command' must be a click command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known:
+            raise click.UsageError(f"unknown verb '{args[0]}'{registry.suggest(args[0], known)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Verbs,
+    invoke_without_command=True,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    subcommand_metavar="[VERB [ARGS]...]",
+)
+@click.version_option(__version__, prog_name="edgeprune", message="%(prog)s %(version)s")
+@click.option("--target", metavar="NAME|FILE", help="Device to fit, see 'edgeprune targets'.")
+@click.option(
+    "--budget",
+    metavar="SIZE",
+    help="Memory the model may take, such as 200MB or 6GB. Default: what the target can spare.",
+)
+@click.option(
+    "--model",
+    metavar="FOLDER|FILE|ID",
+    help="Hugging Face folder or id, or a GGUF file. Default: SmolLM2-135M-Instruct.",
+)
+@click.option(
+    "--profile",
+    metavar="NAME|FILE",
+    default="chat-2k",
+    show_default=True,
+    help="Use case, see 'edgeprune profiles'.",
+)
+@click.option(
+    "--device",
+    metavar="local|ssh://…",
+    default="local",
+    show_default=True,
+    help="Where to measure. A target that is not this machine is predicted.",
+)
+@click.option("--mode", metavar="NAME", help="Power mode of the target, such as 25W.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Run folder; an interrupted run goes on there. Default: a folder in edgeprune-runs/.",
+)
+@click.option("--max-file", metavar="SIZE", help="Largest file to ship.")
+@click.option("--min-tps", type=float, metavar="X", help="Slowest decode allowed, tokens per second.")
+@click.option("--max-kl", type=float, metavar="X", help="Largest KL to the dense model, nats per token.")
+@click.option("--metric", metavar="NAME", help="Importance metric. Default: the profile's.")
+@click.option(
+    "--calibration",
+    metavar="FILE|DATASET",
+    help="Calibration text. Default: sampled from the model itself.",
+)
+@click.option(
+    "--eval-text", metavar="FILE", help="Held-out text for quality. Default: sampled from the model itself."
+)
+@click.option(
+    "--quantization",
+    "quantizations",
+    multiple=True,
+    metavar="TYPE",
+    help="Allow only this type, such as Q4_0; may be repeated. Default: the profile's.",
+)
+@click.option(
+    "--max-candidates", type=click.IntRange(min=1), metavar="N", help="Measure at most N candidates."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to use. Default: the best found."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="Form of the result on stdout.",
+)
+@click.pass_context
+def cli(ctx: click.Context, form: str, **given: Any) -> None:
+    """Make the best decoder LLM that fits a device: prune, export, measure, choose.
+
+    \b
+    Examples:
+      edgeprune --target laptop-cpu --budget 200MB
+      edgeprune --target jetson-orin --budget 6GB --model org/name
+      edgeprune targets show jetson-orin
+    """
+    if ctx.invoked_subcommand is not None:
+        _refuse_stray_options(ctx)
+        return
+    if given["target"] is None:
+        raise ConfigError(
+            "--target is missing: which device must the model fit?", "list them: edgeprune targets"
+        )
+    budget_bytes, file_bytes = _sizes(given["budget"], given["max_file"])
+    out = given["out"] or default_out(given["model"], given["target"], given["profile"], given["budget"])
+
+    # the one place that reaches down lazily: help must not load torch
+    from edgeprune import pipeline
+    from edgeprune.cli._progress import open_progress
+
+    options = pipeline.RunOptions(
+        target=given["target"],
+        budget_bytes=budget_bytes,
+        model=given["model"],
+        profile=given["profile"],
+        device=given["device"],
+        out=out,
+        file_bytes=file_bytes,
+        min_tps=given["min_tps"],
+        max_kl=given["max_kl"],
+        metric=given["metric"],
+        calibration=given["calibration"],
+        eval_text=given["eval_text"],
+        seed=given["seed"],
+        threads=given["threads"],
+        max_candidates=given["max_candidates"],
+        quantizations=given["quantizations"],
+        trust_remote_code=given["trust_remote_code"],
+        mode=given["mode"],
+        command=tuple(["edgeprune", *ctx.obj]),
+    )
+    with open_progress() as progress:
+        report = pipeline.run(options, progress)
+    if form == "json":
+        echo_json(report)
+    else:
+        from edgeprune.report.terminal import render_table
+
+        click.echo(render_table(report))
+
+
+def default_out(model: str | None, target: str, profile: str, budget: str | None) -> Path:
+    """Name the run folder after what was asked, so that the same command finds it again."""
+    parts = (model or "default", target, profile, budget or "all")
+    return Path("edgeprune-runs") / "_".join(_slug(part) for part in parts)
+
+
+def echo_json(value: Any) -> None:
+    """Print a result as JSON on stdout."""
+    import json
+
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _slug(text: str) -> str:
+    last = [p for p in re.split(r"[/\\]", text.removesuffix(".toml")) if p]
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", last[-1] if last else "").strip("-.") or "x"
+
+
+def _sizes(budget: str | None, max_file: str | None) -> tuple[int | None, int | None]:
+    problems: list[str] = []
+    values: list[int | None] = []
+    hint: str | None = None
+    for option, text in (("--budget", budget), ("--max-file", max_file)):
+        try:
+            values.append(None if text is None else parse_bytes(text, what=option))
+        except ConfigError as error:
+            problems += error.problems
+            hint = error.hint
+            values.append(None)
+    if problems:
+        raise ConfigError(problems, hint)
+    return values[0], values[1]
+
+
+def _refuse_stray_options(ctx: click.Context) -> None:
+    for param in ctx.command.params:
+        name = param.name or ""
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{param.opts[0]} belongs to the whole pipeline; write options of "
+                f"'{ctx.invoked_subcommand}' after it",
+                ctx,
+            )
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; the one place that prints errors."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        result = cli.main(args=args, prog_name="edgeprune", standalone_mode=False, obj=tuple(args))
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except EdgepruneError as error:
+        problems = error.problems if isinstance(error, ConfigError) else (error.message,)
+        return _fail(problems, error.hint, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return ConfigError.exit_code
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgeprune"
+        return _fail((error.format_message(),), f"see {path} --help", ConfigError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; run the same command again to continue", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of stdout has gone, as with `| head`: not worth a message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}"
+        hint = "free some space and run the same command again" if error.errno == errno.ENOSPC else None
+        return _fail((what,), hint, ConfigError.exit_code)
+
+
+def _fail(problems: Sequence[str], hint: str | None, code: int) -> int:
+    for problem in problems:
+        click.echo(f"Error: {problem}", err=True)
+    if hint:
+        click.echo(f"Hint: {hint}", err=True)
+    return code
+
+
+def main() -> None:
+    sys.exit(run())
