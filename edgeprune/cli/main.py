@@ -144,6 +144,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
 
     # the one place that reaches down lazily: help must not load torch
     from edgeprune import pipeline
+    from edgeprune.cli._output import echo_json
     from edgeprune.cli._progress import open_progress
 
     options = pipeline.RunOptions(
@@ -183,13 +184,6 @@ def default_out(model: str | None, target: str, profile: str, budget: str | None
     return Path("edgeprune-runs") / "_".join(_slug(part) for part in parts)
 
 
-def echo_json(value: Any) -> None:
-    """Print a result as JSON on stdout."""
-    import json
-
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
-
-
 def _slug(text: str) -> str:
     last = [p for p in re.split(r"[/\\]", text.removesuffix(".toml")) if p]
     return re.sub(r"[^A-Za-z0-9.-]+", "-", last[-1] if last else "").strip("-.") or "x"
@@ -198,16 +192,16 @@ def _slug(text: str) -> str:
 def _sizes(budget: str | None, max_file: str | None) -> tuple[int | None, int | None]:
     problems: list[str] = []
     values: list[int | None] = []
-    hint: str | None = None
+    hints: list[str] = []
     for option, text in (("--budget", budget), ("--max-file", max_file)):
         try:
             values.append(None if text is None else parse_bytes(text, what=option))
         except ConfigError as error:
             problems += error.problems
-            hint = error.hint
+            hints += [error.hint] if error.hint else []
             values.append(None)
     if problems:
-        raise ConfigError(problems, hint)
+        raise ConfigError(problems, "; ".join(dict.fromkeys(hints)) or None)
     return values[0], values[1]
 
 
@@ -233,7 +227,7 @@ def run(args: Sequence[str] | None = None) -> int:
         problems = error.problems if isinstance(error, ConfigError) else (error.message,)
         return _fail(problems, error.hint, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        click.echo(error.format_message(), err=True)
         return ConfigError.exit_code
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgeprune"
