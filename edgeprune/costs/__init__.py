@@ -1,0 +1,1 @@
+"""What a model costs: bytes and time, by arithmetic alone."""

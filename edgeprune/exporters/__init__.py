@@ -1,0 +1,1 @@
+"""Export formats: one file per format, exposing `EXPORTER`."""

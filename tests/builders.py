@@ -1,0 +1,152 @@
+"""Tiny random models for tests. Nothing is downloaded; everything is saved to the given folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from edgeprune import graph
+from edgeprune.families.base import LAYER_LIST_KEY
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+class _Nothing(torch.nn.Module):
+    """Stands for an attention or FFN block that was removed."""
+
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.attention else zeros
+
+
+def tiny_config(
+    *,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ff: int = 128,
+    layers: int = 3,
+    vocab: int = 96,
+    head_dim: int | None = None,
+    tied: bool = False,
+    bias: bool = False,
+    mlp_bias: bool = False,
+    rope: dict[str, Any] | None = None,
+    context: int = 512,
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ff,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim or hidden // heads,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(rope) if rope else {"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        mlp_bias=mlp_bias,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+
+
+def _randomise_(model: torch.nn.Module, seed: int) -> None:
+    # larger than the usual init, so that a wrong weight shows in the logits
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1 and "norm" in name:
+                p.copy_(1 + 0.2 * noise)
+            else:
+                p.copy_(noise * (0.1 if p.ndim == 1 else 1.5 / p.shape[-1] ** 0.5))
+
+
+def uneven_model(
+    layers: Sequence[tuple[int, int, int]], *, seed: int = 0, **over: Any
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """A LlamaForCausalLM whose layers have (n_heads, n_kv_heads, n_ff) each, and its config.json.
+
+    Zero heads: no attention. Zero n_ff: no FFN.
+    """
+    widest = (max(s[0] for s in layers), max(s[1] for s in layers), max(s[2] for s in layers))
+    over.setdefault("head_dim", over.get("hidden", 64) // 4)
+    over.update(heads=widest[0], kv_heads=widest[1], ff=widest[2], layers=len(layers))
+    if over.get("hidden", 64) % widest[0]:
+        raise ValueError("transformers wants the widest head count to divide the hidden size")
+    config = tiny_config(**over)
+    model = LlamaForCausalLM(config)
+    for index, (heads, kv_heads, ff) in enumerate(layers):
+        own = tiny_config(**(over | {"heads": heads or 1, "kv_heads": kv_heads or 1, "ff": ff or 1}))
+        layer = LlamaDecoderLayer(own, index)
+        if not heads:
+            layer.self_attn = _Nothing(attention=True)
+            layer.input_layernorm = torch.nn.Identity()
+        if not ff:
+            layer.mlp = _Nothing(attention=False)
+            layer.post_attention_layernorm = torch.nn.Identity()
+        model.model.layers[index] = layer
+    _randomise_(model, seed)
+    model.tie_weights()
+    plain = json.loads(config.to_json_string(use_diff=False))
+    plain["model_type"] = "llama"
+    if len(set(layers)) > 1 or 0 in layers[0]:
+        plain[LAYER_LIST_KEY] = [list(s) for s in layers]
+    return model.float().eval(), plain
+
+
+def save_model(model: torch.nn.Module, config: dict[str, Any], folder: Path) -> Path:
+    """config.json and model.safetensors with exactly the tensors that the graph lists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = graph.build(config).shapes
+    state = {k: v.contiguous().clone() for k, v in model.state_dict().items() if k in shapes}
+    assert set(state) == set(shapes)
+    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config = dict(config, architectures=["LlamaForCausalLM"])
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def tiny_llama(tmp_path: Path, *, seed: int = 0, **over: Any) -> Path:
+    """A stock tiny Llama in `tmp_path`, loadable by AutoModelForCausalLM; see `tiny_config` for options."""
+    model = LlamaForCausalLM(tiny_config(**over))
+    _randomise_(model, seed)
+    model.tie_weights()
+    model.float().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def uneven_llama(
+    tmp_path: Path, layers: Sequence[tuple[int, int, int]], *, seed: int = 0, **over: Any
+) -> Path:
+    """As `tiny_llama`, but each layer has its own (n_heads, n_kv_heads, n_ff); stock loaders refuse it."""
+    return save_model(*uneven_model(layers, seed=seed, **over), tmp_path)
+
+
+def logits(model: torch.nn.Module, tokens: Sequence[int]) -> np.ndarray:
+    """[n_tokens, vocab] float32."""
+    with torch.no_grad():
+        return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float().numpy()
