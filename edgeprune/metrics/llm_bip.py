@@ -1,0 +1,105 @@
+"""LLM-BIP: block-wise forward importance propagation (arXiv:2412.06419).
+
+From the paper: a unit is scored by its influence on the output of its own transformer block, through
+an upper bound from Lipschitz continuity, in one forward pass without gradients. The formulas below are
+implemented from a reconstructed specification; the paper's may differ in detail.
+
+Per token: a = u Wo', y = x + a, n = RMSNorm(y), h = silu(n Wg') * (n Wu'), out = y + h Wd'.
+
+FFN channel j, exact: removing it changes `out` by -h_j Wd[:,j]. KV group k: removing it changes a by
+da = -u_k Wo,k' exactly, which then passes the residual and the FFN. Forms of the group's score:
+A: ||da||_F.  B: the change carried to the block's output through a bound.  C: that output recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgeprune.metrics.base import Array, LayerView, Metric, Need, Option, group_columns
+
+SILU_LIPSCHITZ = 1.1  # sup |silu'| is 1.0998
+
+
+def needs(options: Mapping[str, str]) -> frozenset[Need]:
+    wanted = {Need.DOWN_IN_SQUARES if options["norm"] == "l2" else Need.DOWN_IN_ABS, Need.OUT_SQUARES}
+    wanted |= {
+        "A": {Need.HEAD_GRAM},
+        "B": {Need.HEAD_DELTA_ABS, Need.INV_RMS, Need.GATE_ABS, Need.UP_ABS},
+        "C": {Need.HEAD_EXACT},
+    }[options["form"]]
+    return frozenset(wanted)
+
+
+def stream_sensitivity(view: LayerView) -> Array:
+    """s [d]: how strongly a change of stream entry k between attention and FFN can move the block's output.
+
+    s_k = 1 + E[1/rms] γ_k Σ_j ||Wd[:,j]||_1 (1.1 E|up_j| |Wg[j,k]| + E|silu(gate_j)| |Wu[j,k]|)
+    """
+    if view.shape.n_ff == 0:
+        return np.ones(view.dims.hidden)
+    down = np.abs(view.weight("down")).sum(axis=0, dtype=np.float64)  # [m]
+    through = (down * SILU_LIPSCHITZ * view.stat(Need.UP_ABS)) @ np.abs(view.weight("gate"))
+    through = through + (down * view.stat(Need.GATE_ABS)) @ np.abs(view.weight("up"))
+    gamma = np.abs(view.weight("ffn_norm").astype(np.float64))
+    sensitivity: Array = 1.0 + float(view.stat(Need.INV_RMS)[0]) * gamma * through
+    return sensitivity
+
+
+def group_norms(view: LayerView) -> Array:
+    """Root mean square over tokens of ||u_k Wo,k'||, one per KV group, from the Gram matrices."""
+    n, group = view.shape.n_kv_heads, group_columns(view)
+    o = view.weight("o").astype(np.float64).reshape(-1, n, group)  # [d, K, g*dh]
+    gram = view.stat(Need.HEAD_GRAM).astype(np.float64)
+    traces = np.array([np.sum((o[:, k] @ gram[k]) * o[:, k]) for k in range(n)])
+    norms: Array = np.sqrt(np.maximum(traces, 0.0))
+    return norms
+
+
+def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> Array:
+    if unit == "ffn":
+        down = view.weight("down").astype(np.float64)
+        if options["norm"] == "l2":
+            value = np.sqrt(view.stat(Need.DOWN_IN_SQUARES)) * np.sqrt(np.square(down).sum(axis=0))
+        else:
+            value = view.stat(Need.DOWN_IN_ABS) * np.abs(down).sum(axis=0)
+    elif options["form"] == "A":
+        value = group_norms(view)
+    elif options["form"] == "B":
+        value = view.stat(Need.HEAD_DELTA_ABS) @ stream_sensitivity(view)
+    else:
+        value = view.stat(Need.HEAD_EXACT)
+    if poolable(options):
+        value = value / max(float(np.sqrt(view.stat(Need.OUT_SQUARES)[0])), 1e-12)
+    return np.asarray(value, dtype=np.float64)
+
+
+def poolable(options: Mapping[str, str]) -> bool:
+    # B is 45 to 90 times loose, so its groups and channels share no scale; A and C do, in L2
+    return options["form"] != "B" and options["norm"] == "l2"
+
+
+METRIC = Metric(
+    name="llm-bip",
+    summary="influence on the block's own output, one forward pass",
+    reference="arXiv:2412.06419",
+    needs=needs,
+    score=score,
+    poolable=poolable,
+    options={
+        "form": Option(
+            default="B",
+            choices=("A", "B", "C"),
+            help="KV groups: A norm of the removed attention output, B carried to the block's output "
+            "through a bound, C that output recomputed",
+            origin="reconstructed",
+        ),
+        "norm": Option(
+            default="l2",
+            choices=("l2", "l1"),
+            help="FFN channels: l2 ||h_j||·||Wd_j||, l1 mean|h_j|·||Wd_j||_1",
+            origin="reconstructed",
+        ),
+    },
+)

@@ -1,0 +1,353 @@
+"""From scores, costs, budget and constraints to nested plans. Arithmetic only, no model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeprune.errors import ConfigError, InfeasibleError
+from edgeprune.graph import find_family, graph_of, prune_dims
+from edgeprune.metrics.base import Array
+from edgeprune.records import (
+    Axis,
+    Constraints,
+    LaunchFlags,
+    ModelDims,
+    ModelGraph,
+    PlanLadder,
+    PrunePlan,
+    UnitRule,
+    make_key,
+)
+
+ALLOCATORS = ("uniform", "global")
+
+Widths = dict[str, int]  # axis name -> units kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpace:
+    """Everything an allocator may look at: what can be cut, how far, and what each unit is worth."""
+
+    graph: ModelGraph
+    scores: Mapping[str, Array]  # axis -> [n_units], higher = keep
+    poolable: bool
+    constraints: Constraints
+    metric: str
+    protected: frozenset[int] = frozenset()  # layers left whole
+    scores_key: str = ""
+
+    def rule(self, axis: Axis) -> UnitRule:
+        return self.constraints.ffn if axis.unit == "ffn" else self.constraints.kv
+
+    def free(self, axis: Axis) -> bool:
+        return not self.rule(axis).fixed and axis.layer not in self.protected
+
+    def floor(self, axis: Axis) -> int:
+        """Fewest units this axis may keep."""
+        if not self.free(axis):
+            return axis.n_units
+        rule = self.rule(axis)
+        return min(axis.n_units, max(rule.min_keep, 1))
+
+    def snap(self, axis: Axis, width: float) -> int:
+        """Round a width up to a legal one; the dense width is always legal."""
+        rule = self.rule(axis)
+        snapped = int(np.ceil(width / rule.multiple_of - 1e-9)) * rule.multiple_of
+        return min(axis.n_units, max(snapped, self.floor(axis)))
+
+
+def kept_indices(space: PlanSpace, widths: Widths) -> dict[str, tuple[int, ...]]:
+    """The best `width` units of every axis that loses some, sorted; ties keep the lower index."""
+    kept = {}
+    for axis in space.graph.axes:
+        width = widths[axis.name]
+        if width < axis.n_units:
+            order = np.argsort(-np.asarray(space.scores[axis.name], dtype=np.float64), kind="stable")
+            kept[axis.name] = tuple(int(i) for i in np.sort(order[:width]))
+    return kept
+
+
+def removed_params(graph: ModelGraph, widths: Widths) -> int:
+    return sum((axis.n_units - widths[axis.name]) * axis.unit_params for axis in graph.axes)
+
+
+def uniform_widths(space: PlanSpace, ratio: float) -> Widths:
+    """Same widths in every unprotected layer. Attention never loses more than its share; FFN takes the rest.
+
+    KV groups are few, so their share moves in jumps; FFN channels make up the difference.
+    """
+    graph = space.graph
+    target = ratio * graph.decoder_params
+    widths: Widths = {axis.name: axis.n_units for axis in graph.axes}
+    free = [axis for axis in graph.axes if space.free(axis)]
+    reachable = sum(axis.n_units * axis.unit_params for axis in free)
+    share = min(1.0, target / reachable) if reachable else 0.0
+    for axis in free:
+        if axis.unit == "kv":
+            # the small slack keeps a share of exactly 1/3 of three groups from rounding to none
+            widths[axis.name] = space.snap(axis, axis.n_units * (1 - share) - 1e-6)
+    ffn = [axis for axis in free if axis.unit == "ffn"]
+    rest = target - removed_params(graph, widths)
+    room = sum(axis.n_units * axis.unit_params for axis in ffn)
+    if room and rest > 0:
+        part = min(1.0, rest / room)
+        for axis in ffn:
+            # nearest legal width, not the next larger one: the reached ratio is then closest to the asked one
+            step = space.rule(axis).multiple_of
+            widths[axis.name] = space.snap(axis, round(axis.n_units * (1 - part) / step) * step)
+        rest = target - removed_params(graph, widths)
+    step_params = sum(space.rule(a).multiple_of * a.unit_params for a in ffn) or 1
+    while rest > step_params:
+        # FFN is at its floor: take whole KV groups, one per layer, until the ratio is met or nothing is left
+        kv = [a for a in free if a.unit == "kv" and widths[a.name] > space.floor(a)]
+        if not kv:
+            break
+        for axis in kv:
+            widths[axis.name] = max(space.floor(axis), widths[axis.name] - space.rule(axis).multiple_of)
+        rest = target - removed_params(graph, widths)
+    return widths
+
+
+def global_widths(space: PlanSpace, ratio: float) -> Widths:
+    """One list of all units by score per parameter; a single threshold decides, widths snap upwards."""
+    if not space.poolable:
+        raise ConfigError(
+            f"scores of {space.metric} do not share one scale across layers, so they cannot be pooled",
+            "use --allocator uniform, or a poolable form (llm-bip: --metric-option form=A or form=C)",
+        )
+    graph = space.graph
+    if space.constraints.ffn.uniform_across_layers or space.constraints.kv.uniform_across_layers:
+        raise ConfigError(
+            "the global allocator gives every layer its own width, which this export cannot load",
+            "use --allocator uniform",
+        )
+    free = [axis for axis in graph.axes if space.free(axis)]
+    per_param = {
+        axis.name: np.sort(np.asarray(space.scores[axis.name], dtype=np.float64) / axis.unit_params)
+        for axis in free
+    }
+    thresholds = np.unique(np.concatenate([*per_param.values(), [0.0]])) if free else np.zeros(1)
+
+    def at(index: int) -> Widths:
+        limit = thresholds[index]
+        widths = {axis.name: axis.n_units for axis in graph.axes}
+        for axis in free:
+            removed = int(np.searchsorted(per_param[axis.name], limit, side="right"))
+            widths[axis.name] = space.snap(axis, axis.n_units - removed)
+        return widths
+
+    dense = {axis.name: axis.n_units for axis in graph.axes}
+    if ratio <= 0:
+        return dense
+    low, high = 0, len(thresholds) - 1
+    target = ratio * graph.decoder_params
+    while low < high:
+        middle = (low + high) // 2
+        if removed_params(graph, at(middle)) < target:
+            low = middle + 1
+        else:
+            high = middle
+    above = at(low)
+    below = at(low - 1) if low else dense
+    nearer_below = target - removed_params(graph, below) < removed_params(graph, above) - target
+    return below if nearer_below else above
+
+
+_WIDTHS: dict[str, Callable[[PlanSpace, float], Widths]] = {
+    "uniform": uniform_widths,
+    "global": global_widths,
+}
+
+
+def highest_ratio(space: PlanSpace) -> float:
+    """Largest share of decoder-layer parameters that can be removed at all."""
+    most = {axis.name: space.floor(axis) for axis in space.graph.axes}
+    return removed_params(space.graph, most) / space.graph.decoder_params
+
+
+def _is_uniform(dims: ModelDims) -> bool:
+    return all(layer == dims.layers[0] for layer in dims.layers)
+
+
+def make_plan(space: PlanSpace, allocator: str, requested: float, widths: Widths) -> PrunePlan:
+    graph = space.graph
+    kept = kept_indices(space, widths)
+    dims = prune_dims(graph, kept)
+    after = graph_of(find_family(dims.family), dims)
+    ratio = 1 - after.decoder_params / graph.decoder_params
+    tag = "dense" if not kept else f"{allocator}-{100 * ratio:.1f}"
+    return PrunePlan(
+        id=tag,
+        metric=space.metric,
+        allocator=allocator,
+        requested_ratio=requested,
+        ratio=ratio,
+        ratio_all=1 - after.total_params / graph.total_params,
+        uniform=_is_uniform(dims),
+        kept=kept,
+        dims=dims,
+        binding=None,
+        key=make_key("prune_plan", graph.key, space.scores_key, {k: list(v) for k, v in kept.items()}),
+    )
+
+
+def plan_ratio(space: PlanSpace, allocator: str, ratio: float, *, tolerance: float = 0.05) -> PrunePlan:
+    """One plan for a ratio of decoder-layer parameters given by hand.
+
+    Raises InfeasibleError with the highest reachable ratio, ConfigError for a ratio outside 0 … 1.
+    """
+    if not 0 <= ratio < 1:
+        raise ConfigError(
+            f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
+        )
+    if allocator not in _WIDTHS:
+        raise ConfigError(f"unknown allocator '{allocator}'", f"known: {', '.join(ALLOCATORS)}")
+    top = highest_ratio(space)
+    if ratio > top + 1e-9:
+        protected = f" with {len(space.protected)} protected layers" if space.protected else ""
+        raise InfeasibleError(
+            f"ratio {ratio:.3f} cannot be reached{protected}: the highest reachable is {top:.3f}",
+            "ask for less, or protect fewer layers",
+        )
+    plan = make_plan(space, allocator, ratio, _WIDTHS[allocator](space, ratio))
+    if abs(plan.ratio - ratio) > tolerance:
+        return dataclasses.replace(plan, binding="widths that the export can load")
+    return plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Predicted needs of one (dims, quantization) with the launch flags that were chosen for it."""
+
+    file_bytes: int
+    peak_bytes: int
+    decode_tps: float | None
+    decode_tps_low: float | None
+    decode_tps_high: float | None
+    flags: LaunchFlags
+    fits: bool
+    misses: tuple[str, ...]
+
+
+CostOf = Callable[[ModelDims, str], Cost]
+
+
+def weakest_fit(space: PlanSpace, allocator: str, quantization: str, cost: CostOf) -> PrunePlan | None:
+    """The plan that removes least and is still predicted to fit, or None. Bisection over the ratio."""
+    dense = plan_ratio(space, allocator, 0.0)
+    if cost(dense.dims, quantization).fits:
+        return dense
+    low, high = 0.0, highest_ratio(space)
+
+    def dims_at(ratio: float) -> tuple[Widths, ModelDims]:
+        widths = _WIDTHS[allocator](space, ratio)
+        counts = {name: range(width) for name, width in widths.items()}
+        return widths, prune_dims(space.graph, counts)
+
+    widths, dims = dims_at(high)
+    if not cost(dims, quantization).fits:
+        return None
+    best, best_ratio = widths, high
+    for _ in range(12):
+        middle = (low + high) / 2
+        widths, dims = dims_at(middle)
+        if cost(dims, quantization).fits:
+            best, best_ratio, high = widths, middle, middle
+        else:
+            low = middle
+    return make_plan(space, allocator, best_ratio, best)
+
+
+def ladder(plans: Sequence[PrunePlan], space: PlanSpace) -> PlanLadder:
+    """Order plans weak to strong and make them nested: an axis never grows back. Duplicates go."""
+    dense = plan_ratio(space, "uniform", 0.0)
+    out: list[PrunePlan] = [dense]
+    by_allocator: dict[str, list[PrunePlan]] = {}
+    for plan in plans:
+        if plan.kept:
+            by_allocator.setdefault(plan.allocator, []).append(plan)
+    for allocator, group in by_allocator.items():
+        floor = {axis.name: axis.n_units for axis in space.graph.axes}
+        for plan in sorted(group, key=lambda p: p.ratio):
+            widths = {
+                axis.name: min(floor[axis.name], len(plan.kept.get(axis.name, range(axis.n_units))))
+                for axis in space.graph.axes
+            }
+            floor = widths
+            nested = make_plan(space, allocator, plan.requested_ratio, widths)
+            if all(nested.kept != other.kept for other in out):
+                out.append(nested)
+    ids: dict[str, int] = {}
+    unique = []
+    for plan in sorted(out, key=lambda p: (p.ratio, p.allocator)):
+        ids[plan.id] = ids.get(plan.id, 0) + 1
+        again = ids[plan.id]
+        unique.append(plan if again == 1 else dataclasses.replace(plan, id=f"{plan.id}.{again}"))
+    return PlanLadder(plans=tuple(unique), key=make_key("plan_ladder", [p.key for p in unique]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """One (plan, quantization) pair with its predicted cost; `measure` says whether it will be measured."""
+
+    plan: PrunePlan
+    quantization: str
+    cost: Cost
+    measure: bool
+    why: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.plan.id}@{self.quantization}"
+
+
+def lanes(ladder: PlanLadder, quantizations: Sequence[str], cost: CostOf, *, most: int) -> tuple[Lane, ...]:
+    """Every plan at every quantization, and which of them are worth measuring.
+
+    In order: the dense model at every type that is predicted to fit; for the other types the plan that
+    removes least and fits; then, for comparison, the mildest pruned plans of the types that fit dense.
+    At least one pruned plan is measured when any fits, so that the report can say what pruning costs.
+    """
+    costs = {(plan.id, q): cost(plan.dims, q) for plan in ladder.plans for q in quantizations}
+    dense = ladder.plans[0]
+    pruned = ladder.plans[1:]
+    chosen: dict[tuple[str, str], str] = {}
+    dense_fit = [q for q in quantizations if costs[dense.id, q].fits]
+    dense_fit.sort(key=lambda q: -costs[dense.id, q].file_bytes)
+    first: list[tuple[str, str]] = [(dense.id, q) for q in dense_fit]
+    mildest: list[tuple[str, str]] = []
+    for q in quantizations:
+        if q not in dense_fit:
+            for allocator in dict.fromkeys(plan.allocator for plan in pruned):
+                fitting = [p for p in pruned if p.allocator == allocator and costs[p.id, q].fits]
+                if fitting:
+                    mildest.append((min(fitting, key=lambda p: p.ratio).id, q))
+    mildest.sort(key=lambda pair: next(p.ratio for p in pruned if p.id == pair[0]))
+    extra = [(p.id, q) for p in pruned for q in dense_fit if costs[p.id, q].fits]
+    room = most - 1 if (mildest or extra) and len(first) >= most else most
+    for pair in first[:room]:
+        chosen[pair] = "the dense model at every type that fits"
+    for pair in mildest:
+        if len(chosen) < most:
+            chosen[pair] = "removes least among the plans that fit at this type"
+    for pair in extra:
+        if len(chosen) < most:
+            chosen[pair] = "shows what pruning costs where the dense model fits too"
+    out = []
+    for plan in ladder.plans:
+        for q in quantizations:
+            price = costs[plan.id, q]
+            if (plan.id, q) in chosen:
+                why = chosen[plan.id, q]
+            elif not price.fits:
+                why = "predicted to miss " + ", ".join(price.misses)
+            else:
+                why = "not measured: a plan that removes less fits at this type"
+            out.append(
+                Lane(plan=plan, quantization=q, cost=price, measure=(plan.id, q) in chosen, why=why)
+            )
+    return tuple(out)
