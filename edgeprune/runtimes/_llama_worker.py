@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -152,13 +153,16 @@ class _Session:
         return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab))
 
 
-def _pseudo_tokens(n: int, vocab: int, seed: int = 1) -> list[int]:
-    """Make n token ids that repeat in every run: a linear congruence, no imports."""
-    state, out = seed, []
-    for _ in range(n):
+def _pseudo_stream(vocab: int, seed: int = 1) -> Iterator[int]:
+    """Yield token ids that repeat in every run: a linear congruence, no imports."""
+    state = seed
+    while True:
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        out.append((state >> 33) % vocab)
-    return out
+        yield (state >> 33) % vocab
+
+
+def _pseudo_tokens(n: int, vocab: int, seed: int = 1) -> list[int]:
+    return list(itertools.islice(_pseudo_stream(vocab, seed), n))
 
 
 # ---------------------------------------------------------------- bench
@@ -265,8 +269,11 @@ def memory(args: dict[str, Any]) -> dict[str, Any]:
         f.write("5")  # the peak starts again at the present size
     before = _peak_bytes()
     session = _Session(engine, args["path"], flags, threads=args["threads"])
-    session.prompt(_pseudo_tokens(n_ctx - 8, session.vocab))
-    for token in _pseudo_tokens(8, session.vocab, seed=2):
+    # drawn piece by piece: a list of all tokens would be counted as the model's
+    stream = _pseudo_stream(session.vocab)
+    for start in range(0, n_ctx - 8, session.n_batch):
+        session.feed(list(itertools.islice(stream, min(session.n_batch, n_ctx - 8 - start))))
+    for token in itertools.islice(stream, 8):
         session.feed([token])
     return {
         "before_bytes": before,

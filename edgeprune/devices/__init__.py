@@ -1,0 +1,1 @@
+"""Devices: what a machine is, found out on the machine itself."""

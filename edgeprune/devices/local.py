@@ -1,0 +1,241 @@
+"""Facts of this machine, and its state while it measures. Anything that cannot be read is None."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from edgeprune.records import Environment
+
+# decode streams weights with all cores; over published boards it reached 1.6 x what one thread copies
+_BANDWIDTH_FACTOR = 1.6
+BANDWIDTH_RELATIVE_ERROR = 0.6
+_COPY_BYTES = 128 << 20
+
+# /proc/cpuinfo flag -> the name a target file uses
+_ISA = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx_int8": "amx",
+    "asimd": "neon",
+    "neon": "neon",
+    "asimddp": "dotprod",
+    "fphp": "fp16",
+    "i8mm": "i8mm",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+
+
+def detect(*, probe_seconds: float = 0.5) -> dict[str, Any]:
+    """Facts of this machine: arch, cpu, cores, isa, memory_bytes, usable_bytes and memory bandwidth.
+
+    `memcpy_bytes_per_s` is what one thread copies (bytes copied, not read plus written; best pass
+    within `probe_seconds`), `bandwidth_bytes_per_s` 1.6 times that: an estimate of what decode
+    reaches, good to +-60%. Both None when `probe_seconds` is 0. `methods` says how each was found.
+    """
+    info = _cpuinfo()
+    memory, usable = memory_bytes()
+    copied = memcpy_bytes_per_s(probe_seconds) if probe_seconds > 0 else None
+    return {
+        "arch": platform.machine() or "unknown",
+        "cpu": cpu_name(info),
+        "cores": cores(),
+        "isa": isa(info),
+        "memory_bytes": memory,
+        "usable_bytes": usable,
+        "memcpy_bytes_per_s": copied,
+        "bandwidth_bytes_per_s": None if copied is None else copied * _BANDWIDTH_FACTOR,
+        "bandwidth_relative_error": BANDWIDTH_RELATIVE_ERROR,
+        "methods": {
+            "cores": "threads this process may run on, less what its CPU quota forbids; "
+            "siblings of one physical core counted once",
+            "memory_bytes": "MemTotal, or the control group's limit where lower",
+            "usable_bytes": "MemAvailable, or what the control group leaves where lower",
+            "memcpy_bytes_per_s": f"one thread copying {_COPY_BYTES >> 20} MiB, best pass",
+            "bandwidth_bytes_per_s": f"{_BANDWIDTH_FACTOR} x memcpy, an estimate until decode is measured",
+        },
+    }
+
+
+def environment() -> Environment:
+    """State of this machine now: clock governor, temperature and load."""
+    return Environment(
+        cpu=cpu_name(_cpuinfo()),
+        n_cpus=available_threads(),
+        governor=_read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        temperature_c=_temperature(),
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        power_mode=None,
+    )
+
+
+# ---------------------------------------------------------------- processor
+
+
+def available_threads() -> int:
+    """Hardware threads this process may use: its affinity, less what a CPU quota forbids."""
+    if hasattr(os, "sched_getaffinity"):
+        threads = len(os.sched_getaffinity(0))
+    else:
+        threads = os.cpu_count() or 1
+    quota = _cpu_quota()
+    return max(1, min(threads, math.ceil(quota))) if quota is not None else threads
+
+
+def cores() -> int:
+    """Physical cores among the available threads."""
+    threads = available_threads()
+    if not hasattr(os, "sched_getaffinity"):
+        return threads
+    seen = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        core, package = _read(topology / "core_id"), _read(topology / "physical_package_id")
+        # boards with several clusters reuse core ids; siblings say it without doubt
+        seen.add(_read(topology / "thread_siblings_list") or f"{package}:{core}:{cpu}")
+    return max(1, min(threads, len(seen)))
+
+
+def _cpu_quota() -> float | None:
+    """CPUs a control group grants, or None without a limit."""
+    for folder in _cgroup_folders("cpu"):
+        text = _read(folder / "cpu.max")
+        if text is not None:
+            quota, _, period = text.partition(" ")
+            if quota.isdigit() and period.isdigit() and int(period) > 0:
+                return int(quota) / int(period)
+        first, second = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if first is not None and second is not None and first.isdigit() and second.isdigit():
+            return int(first) / max(1, int(second))
+    return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """First value of each field of /proc/cpuinfo; empty elsewhere."""
+    out: dict[str, str] = {}
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            out.setdefault(name.strip(), value.strip())
+    return out
+
+
+def isa(info: dict[str, str]) -> tuple[str, ...]:
+    """Instruction sets that matter to a runtime, by the names target files use."""
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    if not flags and platform.system() == "Darwin" and platform.machine() == "arm64":
+        return ("neon", "dotprod", "fp16")  # every Apple M processor
+    return tuple(dict.fromkeys(_ISA[flag] for flag in _ISA if flag in flags))
+
+
+def cpu_name(info: dict[str, str]) -> str:
+    """Model name of the processor; on boards without one, the board's."""
+    name = info.get("model name") or info.get("Model") or _read(Path("/proc/device-tree/model"))
+    if name is None and platform.system() == "Darwin":
+        name = _sysctl("machdep.cpu.brand_string")
+    return (name or platform.processor() or platform.machine() or "unknown").strip("\x00 ")
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory_bytes() -> tuple[int | None, int | None]:
+    """(total, usable) bytes, the control group's limit respected; None where the system does not say."""
+    total, usable = _system_memory()
+    for folder in _cgroup_folders("memory"):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit = _read(folder / limit_name)
+            if limit is None or not limit.isdigit():
+                continue
+            if total is not None and int(limit) >= total:
+                continue  # no real limit
+            total = int(limit)
+            used = _read(folder / used_name)
+            left = int(limit) - int(used) if used is not None and used.isdigit() else int(limit)
+            usable = max(1, left if usable is None else min(usable, left))
+    return total, usable
+
+
+def _system_memory() -> tuple[int | None, int | None]:
+    fields = {}
+    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+        parts = line.split()
+        if len(parts) >= 2 and parts[1].isdigit():
+            fields[parts[0].rstrip(":")] = int(parts[1]) * 1024
+    if fields:
+        return fields.get("MemTotal"), fields.get("MemAvailable")
+    if platform.system() == "Darwin":
+        size = _sysctl("hw.memsize")
+        if size is not None and size.isdigit():
+            # the share devices.md gives for Apple's unified memory
+            return int(size), int(size) * 7 // 10
+    return None, None
+
+
+def memcpy_bytes_per_s(seconds: float) -> float:
+    """Bytes one thread copies per second: the fastest of the passes that fit into `seconds`."""
+    source, target = bytearray(_COPY_BYTES), bytearray(_COPY_BYTES)
+    view = memoryview(target)
+    view[:] = source  # touches every page first
+    best, deadline = math.inf, time.perf_counter() + seconds
+    while True:
+        began = time.perf_counter()
+        view[:] = source
+        now = time.perf_counter()
+        best = min(best, now - began)
+        if now >= deadline:
+            return _COPY_BYTES / best
+
+
+# ---------------------------------------------------------------- reading the system
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    """Folders that may hold this process's limits: its own group first, then the root."""
+    root = Path("/sys/fs/cgroup")
+    out = []
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            out.append(root / path.lstrip("/"))
+        elif controller in controllers.split(","):
+            out.append(root / controller / path.lstrip("/"))
+    return [*out, root, root / controller]
+
+
+def _temperature() -> float | None:
+    """Hottest thermal zone in degrees Celsius."""
+    zones = []
+    for path in sorted(Path("/sys/class/thermal").glob("thermal_zone*/temp")):
+        text = _read(path)
+        if text is not None and text.lstrip("-").isdigit():
+            zones.append(int(text) / 1000)
+    return max(zones) if zones else None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def _sysctl(name: str) -> str | None:
+    try:
+        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
