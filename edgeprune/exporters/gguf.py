@@ -27,6 +27,7 @@ from edgeprune.costs.gguf_header import Header, KeyValue, key_value_bytes, pad, 
 from edgeprune.errors import ConfigError, MissingExtraError, StageError, UnsupportedModelError
 from edgeprune.exporters.base import Exporter
 from edgeprune.families.base import Family
+from edgeprune.gguf_source import llama3_factors, permute_rows
 from edgeprune.records import Constraints, LayerShape, ModelDims, UnitRule
 from edgeprune.units import format_bytes
 
@@ -78,16 +79,6 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(f"config.json: rotary scaling '{kind}' is incomplete: {error}") from None
-
-
-def llama3_factors(rope: Rope, head_dim: int) -> np.ndarray:
-    """What llama.cpp divides each rotary frequency by, [head_dim / 2] float32."""
-    frequency = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    # turns a frequency makes within the original context: many stay, few are stretched, between is blended
-    turns = rope.original_context * frequency / (2 * math.pi)
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    kept = np.clip(blend, 0.0, 1.0)
-    return (1.0 / ((1.0 - kept) / rope.factor + kept)).astype(np.float32)
 
 
 # ---------------------------------------------------------------- shapes
@@ -361,21 +352,11 @@ def _library(name: str) -> ModuleType:
         raise MissingExtraError(name, "gguf") from None
 
 
-def permute_rows(array: np.ndarray, n_heads: int) -> np.ndarray:
-    """Rotary halves [x0…, y0…] of each head to the pairs (x0, y0), … of llama.cpp; weight or bias."""
-    half = array.shape[0] // n_heads // 2
-    return array.reshape(n_heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-
-
-def unpermute_rows(array: np.ndarray, n_heads: int) -> np.ndarray:
-    """Undo `permute_rows`."""
-    half = array.shape[0] // n_heads // 2
-    return array.reshape(n_heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-
-
 def _own_tensor(name: str, shape: tuple[int, ...], rope: Rope, head_dim: int) -> np.ndarray:
     if name == "rope_freqs.weight":
-        return llama3_factors(rope, head_dim)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        factors = llama3_factors(rope.theta, head_dim, rope.factor, low, high, rope.original_context)
+        return factors.astype(np.float32)
     if name.endswith("_norm.weight"):
         return np.ones(shape, np.float32)
     return np.zeros(shape, np.float32)
@@ -524,7 +505,7 @@ def quantize(
     `types` decides every matrix. `imatrix` None or empty means none. Raises StageError with the last words.
     """
     ftype, default = types_of.check_quantization(quantization)
-    overrides = [] if default in types_of.FLOATS else _matrices(types)
+    overrides = [] if not types or default in types_of.FLOATS else _matrices(types)
     with (
         rundir.friendly_disk_errors(out),
         rundir.atomic_path(out) as temporary,
