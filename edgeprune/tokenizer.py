@@ -1,0 +1,518 @@
+"""Tokenizers both ways: a Hugging Face folder to GGUF metadata, and GGUF metadata to a folder.
+
+Byte-level BPE (GGUF model 'gpt2') and SentencePiece BPE with byte fallback (GGUF model 'llama').
+Splitting rules are those llama.cpp knows by name (facts: `src/llama-vocab.cpp`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from edgeprune import rundir
+from edgeprune.costs.gguf_header import KeyValue
+from edgeprune.errors import ConfigError, MissingExtraError, UnsupportedModelError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "\u2581"
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_SPELLED_OUT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+
+
+@dataclass(frozen=True, slots=True)
+class _Splitting:
+    """How text is cut before merging: patterns one after the other, then bytes."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is a token as a whole is taken as it is
+
+
+_LLAMA3 = _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST
+_QWEN2 = _CONTRACTIONS + _WORDS + r"\p{N}" + _REST
+_SPLITTINGS: Mapping[str, _Splitting] = {
+    "gpt-2": _Splitting((_GPT2,)),
+    "smollm": _Splitting((r"\p{N}", _GPT2)),
+    "llama-bpe": _Splitting((_LLAMA3,), ignore_merges=True),
+    "smaug-bpe": _Splitting((_LLAMA3,)),
+    "qwen2": _Splitting((_QWEN2,)),
+    "default": _Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+}
+_SAME_AS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"
+    ),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+    **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "trillion", "mellum", "modern-bert"), "gpt-2"),
+    **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "kormo", "hunyuan", "megrez"), "qwen2"),
+    "dbrx": "smaug-bpe",
+}
+_SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+# ---------------------------------------------------------------- Hugging Face to GGUF
+
+
+def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
+    """`tokenizer.*` metadata of a Hugging Face folder.
+
+    The vocabulary is filled up to `vocab_size` of config.json with unused tokens.
+    Raises ConfigError for missing or damaged files, UnsupportedModelError for another kind of tokenizer.
+    """
+    root = Path(folder)
+    settings = _read_json(root / "tokenizer_config.json", needed=False)
+    config = _read_json(root / "config.json", needed=False)
+    size = config.get("vocab_size")
+    path = root / "tokenizer.json"
+    if path.is_file():
+        data = _read_json(path)
+        model = data.get("model")
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
+            raise UnsupportedModelError(f"{path}: not a BPE tokenizer")
+        try:
+            if model.get("byte_fallback") or not _ends_in_bytes(data):
+                out = _sentencepiece_from_json(root, data, size)
+            else:
+                out = _byte_level(path, data, size)
+            added = [(t["id"], t["content"]) for t in data.get("added_tokens") or ()]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: damaged: {error!r:.100}") from None
+        ids = dict(model["vocab"]) | {content: i for i, content in added}
+    elif (root / "tokenizer.model").is_file():
+        tokens, scores, kinds, prefix = _read_sentencepiece(root / "tokenizer.model")
+        _apply_added(tokens, scores, kinds, settings)
+        out = _sentencepiece_kvs(root, tokens, scores, kinds, prefix, size)
+        ids = {t: i for i, t in enumerate(tokens)}
+    else:
+        raise ConfigError(
+            f"{root} has no tokenizer.json and no tokenizer.model", "is this a complete model folder?"
+        )
+    return out + _special_kvs(root, settings, config, ids) + _chat_template(root, settings)
+
+
+def _read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
+    if not needed and not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a table")
+    return data
+
+
+def _parts(step: Any, key: str) -> list[dict[str, Any]]:
+    """A tokenizer.json step as a flat list; `key` names the children of a sequence."""
+    if step is None:
+        return []
+    if step.get("type") == "Sequence":
+        return [p for child in step[key] for p in _parts(child, key)]
+    return [step]
+
+
+def _ends_in_bytes(data: dict[str, Any]) -> bool:
+    steps = _parts(data.get("pre_tokenizer"), "pretokenizers")
+    return bool(steps) and steps[-1].get("type") == "ByteLevel"
+
+
+def _recognise(path: Path, data: dict[str, Any]) -> str:
+    """Name llama.cpp gives to the splitting of a byte-level tokenizer."""
+    patterns: list[str] = []
+    for step in _parts(data.get("pre_tokenizer"), "pretokenizers"):
+        kind = step.get("type")
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+            if step.get("use_regex", True):
+                patterns.append(_GPT2)
+        elif kind == "Digits" and step.get("individual_digits"):
+            patterns.append(r"\p{N}")
+        elif kind == "Split" and "Regex" in step["pattern"] and step.get("behavior") == "Isolated":
+            patterns.append(step["pattern"]["Regex"].replace(_SPELLED_OUT, _CONTRACTIONS))
+        else:
+            raise UnsupportedModelError(f"{path}: pre-tokenizer {kind} {step!r:.80} has no GGUF name")
+    # trailing '|\s+' changes nothing: what no pattern takes is a piece of its own
+    cut = tuple(p if p in (_LLAMA3, _QWEN2) else p.removesuffix(r"|\s+") for p in patterns)
+    ignore = bool(data["model"].get("ignore_merges"))
+    for name, splitting in _SPLITTINGS.items():
+        if splitting.patterns == cut and splitting.ignore_merges == ignore:
+            return name
+    raise UnsupportedModelError(
+        f"{path}: no GGUF name is known for this pre-tokenizer: {' then '.join(patterns)!r:.200}",
+        f"known: {', '.join(_SPLITTINGS)}",
+    )
+
+
+def _byte_level(path: Path, data: dict[str, Any], size: int | None) -> list[KeyValue]:
+    name = _recognise(path, data)
+    odd = [s.get("type") for s in _parts(data.get("normalizer"), "normalizers") if s.get("type") != "NFC"]
+    if odd:
+        raise UnsupportedModelError(f"{path}: normalizer {odd[0]} is not one of llama.cpp's")
+    tokens, kinds = _vocabulary(path, data, size)
+    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"])
+    return [
+        KeyValue("tokenizer.ggml.model", "STRING", "gpt2"),
+        KeyValue("tokenizer.ggml.pre", "STRING", name),
+        KeyValue("tokenizer.ggml.tokens", "ARRAY", tuple(tokens), "STRING"),
+        KeyValue("tokenizer.ggml.token_type", "ARRAY", tuple(kinds), "INT32"),
+        KeyValue("tokenizer.ggml.merges", "ARRAY", merges, "STRING"),
+    ]
+
+
+def _vocabulary(path: Path, data: dict[str, Any], size: int | None) -> tuple[list[str], list[int]]:
+    """Tokens and their types by id; holes and the tail up to `size` are unused tokens."""
+    by_id: dict[int, tuple[str, int]] = {i: (t, NORMAL) for t, i in data["model"]["vocab"].items()}
+    for token in data.get("added_tokens") or ():
+        by_id[token["id"]] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+    n = max(by_id) + 1
+    _check_size(path, n, size)
+    if n > 4 * len(by_id) + 1024:
+        raise ConfigError(f"{path}: token ids go up to {n - 1} for {len(by_id)} tokens")
+    rows = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(max(n, size or 0))]
+    return [t for t, _ in rows], [k for _, k in rows]
+
+
+def _check_size(path: Path, n: int, size: int | None) -> None:
+    if isinstance(size, int) and n > size:
+        raise ConfigError(
+            f"{path}: has {n} tokens, but the model's embedding has {size} rows",
+            "tokenizer and model do not belong together",
+        )
+
+
+def _sentencepiece_from_json(root: Path, data: dict[str, Any], size: int | None) -> list[KeyValue]:
+    path = root / "tokenizer.json"
+    model = data["model"]
+    normal = _parts(data.get("normalizer"), "normalizers")
+    before = _parts(data.get("pre_tokenizer"), "pretokenizers")
+    spaces = [s for s in normal if s.get("type") == "Replace" and s.get("content") == _SPACE]
+    meta = [s for s in before if s.get("type") == "Metaspace"]
+    odd = [s.get("type") for s in normal if s.get("type") not in ("Replace", "Prepend")]
+    odd += [s.get("type") for s in before if s.get("type") != "Metaspace"]
+    if not model.get("byte_fallback") or not (spaces or meta) or odd:
+        what = f": {odd[0]}" if odd else ""
+        raise UnsupportedModelError(
+            f"{path}: neither byte-level BPE nor SentencePiece BPE with byte fallback{what}"
+        )
+    prefix = any(s.get("type") == "Prepend" for s in normal) or any(
+        s.get("prepend_scheme", "always") != "never" for s in meta
+    )
+    tokens, kinds = _vocabulary(path, data, size)
+    best: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        best.setdefault(left + right, rank)
+    scores = [-float(best.get(t, len(best))) for t in tokens]
+    for i, token in enumerate(tokens):
+        if token == model.get("unk_token"):
+            kinds[i] = UNKNOWN
+        elif kinds[i] == NORMAL and len(token) == 6 and token.startswith("<0x"):
+            kinds[i] = BYTE
+    proto = root / "tokenizer.model"
+    if proto.is_file():
+        pieces, real, _, _ = _read_sentencepiece(proto)
+        if pieces == tokens[: len(pieces)]:
+            scores[: len(real)] = real
+    return _sentencepiece_kvs(root, tokens, scores, kinds, prefix, size)
+
+
+def _library(name: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise
+        raise MissingExtraError(name, extra) from None
+
+
+def _read_sentencepiece(path: Path) -> tuple[list[str], list[float], list[int], bool]:
+    """Pieces, scores, types, and whether a space is put before the text."""
+    library = _library("sentencepiece", "gguf")
+    processor = library.SentencePieceProcessor()
+    try:
+        processor.LoadFromFile(str(path))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{path}: not a SentencePiece model: {error!s:.80}") from None
+    tokens, scores, kinds = [], [], []
+    for i in range(processor.GetPieceSize()):
+        kind = NORMAL
+        if processor.IsUnknown(i):
+            kind = UNKNOWN
+        elif processor.IsControl(i):
+            kind = CONTROL
+        elif processor.IsUnused(i):
+            kind = UNUSED
+        elif processor.IsByte(i):
+            kind = BYTE
+        tokens.append(processor.IdToPiece(i))
+        scores.append(processor.GetScore(i))
+        kinds.append(kind)
+    prefix = bool(processor.EncodeAsPieces("a")) and processor.EncodeAsPieces("a")[0].startswith(_SPACE)
+    return tokens, scores, kinds, prefix
+
+
+def _apply_added(tokens: list[str], scores: list[float], kinds: list[int], settings: dict[str, Any]) -> None:
+    added = settings.get("added_tokens_decoder") or {}
+    for key in sorted(added, key=int):
+        i, token = int(key), added[key]
+        while len(tokens) <= i < len(added) + len(scores) + 1024:
+            tokens.append(f"[PAD{len(tokens)}]")
+            scores.append(-10000.0)
+            kinds.append(UNUSED)
+        if i < len(tokens) and kinds[i] != UNKNOWN:
+            tokens[i] = token["content"]
+            kinds[i] = CONTROL if token.get("special") else USER_DEFINED
+
+
+def _sentencepiece_kvs(
+    root: Path, tokens: list[str], scores: list[float], kinds: list[int], prefix: bool, size: int | None
+) -> list[KeyValue]:
+    _check_size(root, len(tokens), size)
+    for i in range(len(tokens), size or 0):
+        tokens.append(f"[PAD{i}]")
+        scores.append(-10000.0)
+        kinds.append(UNUSED)
+    return [
+        KeyValue("tokenizer.ggml.model", "STRING", "llama"),
+        KeyValue("tokenizer.ggml.pre", "STRING", "default"),
+        KeyValue("tokenizer.ggml.tokens", "ARRAY", tuple(tokens), "STRING"),
+        KeyValue("tokenizer.ggml.scores", "ARRAY", tuple(scores), "FLOAT32"),
+        KeyValue("tokenizer.ggml.token_type", "ARRAY", tuple(kinds), "INT32"),
+        KeyValue("tokenizer.ggml.add_space_prefix", "BOOL", prefix),
+    ]
+
+
+def _special_kvs(
+    root: Path, settings: dict[str, Any], config: dict[str, Any], ids: Mapping[str, int]
+) -> list[KeyValue]:
+    found: dict[str, int] = {}
+    for name in _SPECIAL_IDS:
+        token = settings.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        value = ids.get(text) if isinstance(text, str) else None
+        if value is None:
+            value = config.get(f"{name}_token_id")
+            value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int and value >= 0:
+            found[name] = value
+    out = [KeyValue(f"tokenizer.ggml.{_SPECIAL_IDS[n]}_token_id", "UINT32", i) for n, i in found.items()]
+    first, last = _wrapping(root, found)
+    for name, seen in (("bos", first), ("eos", last)):
+        flag = settings.get(f"add_{name}_token")
+        # without an id llama.cpp would abort on adding it
+        use = (flag if isinstance(flag, bool) else seen) and name in found
+        out.append(KeyValue(f"tokenizer.ggml.add_{name}_token", "BOOL", use))
+    return out
+
+
+def _wrapping(root: Path, found: Mapping[str, int]) -> tuple[bool, bool]:
+    """Does the tokenizer itself put bos before and eos after a text?"""
+    path = root / "tokenizer.json"
+    if not path.is_file():
+        return True, False
+    ids = _load(path).encode("a").ids
+    return bool(ids) and ids[0] == found.get("bos"), len(ids) > 1 and ids[-1] == found.get("eos")
+
+
+def _chat_template(root: Path, settings: dict[str, Any]) -> list[KeyValue]:
+    path = root / "chat_template.jinja"
+    template: Any = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if not isinstance(template, str) or not template:
+        return []
+    return [KeyValue("tokenizer.chat_template", "STRING", template)]
+
+
+# ---------------------------------------------------------------- GGUF to Hugging Face
+
+
+def write_hf(kvs: Sequence[KeyValue], folder: str | Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json that AutoTokenizer loads offline.
+
+    Raises UnsupportedModelError for a kind of tokenizer we cannot write, ConfigError for damaged metadata.
+    """
+    root = Path(folder)
+    values = {kv.key.removeprefix("tokenizer.ggml."): kv.value for kv in kvs}
+    kind = values.get("model")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModelError(f"GGUF tokenizer {kind!r:.40} is not supported", "known: gpt2, llama")
+    tokens = _strings(values, "tokens")
+    kinds = list(values.get("token_type") or [NORMAL] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise ConfigError(f"tokenizer metadata: {len(tokens)} tokens, but {len(kinds)} token types")
+    for name in _SPECIAL_IDS.values():
+        value = values.get(f"{name}_token_id")
+        if value is not None and (type(value) is not int or not 0 <= value < len(tokens)):
+            raise ConfigError(f"tokenizer metadata: {name}_token_id is {value!r:.40} of {len(tokens)} tokens")
+    data = _byte_level_json(values, tokens) if kind == "gpt2" else _sentencepiece_json(values, tokens, kinds)
+    data["added_tokens"] = [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kinds[i] != USER_DEFINED,
+        }
+        for i, token in enumerate(tokens)
+        if kinds[i] in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
+    data["post_processor"] = _post_processor(values, tokens, kind)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 30,
+    }
+    for name, key in _SPECIAL_IDS.items():
+        if values.get(f"{key}_token_id") is not None:
+            settings[f"{name}_token"] = tokens[values[f"{key}_token_id"]]
+    template = values.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        settings["chat_template"] = template
+    with rundir.friendly_disk_errors(root):
+        rundir.write_text(root / "tokenizer.json", json.dumps(data, ensure_ascii=False))
+        rundir.write_text(root / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=1))
+
+
+def _strings(values: Mapping[str, Any], key: str) -> list[str]:
+    found = values.get(key)
+    if not isinstance(found, tuple | list) or not found:
+        raise ConfigError(f"tokenizer metadata: '{key}' is missing")
+    if not all(isinstance(t, str) for t in found):
+        raise ConfigError(f"tokenizer metadata: '{key}' holds something that is no text")
+    return list(found)
+
+
+def _base(model: dict[str, Any]) -> dict[str, Any]:
+    empty = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
+    fixed = {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"version": "1.0", "truncation": None, "padding": None, "model": {**fixed, **empty, **model}}
+
+
+def _byte_level_json(values: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+    name = values.get("pre", "default")
+    splitting = _SPLITTINGS.get(_SAME_AS.get(name, name)) if isinstance(name, str) else None
+    if splitting is None:
+        raise UnsupportedModelError(
+            f"GGUF pre-tokenizer {name!r:.40} is not supported", f"known: {', '.join(_SPLITTINGS)}"
+        )
+    merges = []
+    for merge in _strings(values, "merges"):
+        left, space, right = merge.partition(" ")
+        if not (left and space and right):
+            raise ConfigError(f"tokenizer metadata: merge {merge!r:.40} is not a pair")
+        merges.append([left, right])
+    data = _base(
+        {
+            "vocab": {t: i for i, t in enumerate(tokens)},
+            "merges": merges,
+            "ignore_merges": splitting.ignore_merges,
+        }
+    )
+    steps = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in splitting.patterns
+    ]
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, to_bytes]}
+    data["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return data
+
+
+def _sentencepiece_json(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+    scores = values.get("scores")
+    if not isinstance(scores, tuple | list) or len(scores) != len(tokens):
+        raise ConfigError("tokenizer metadata: 'scores' is missing or of another length than 'tokens'")
+    vocab = {t: i for i, t in enumerate(tokens)}
+    mergeable = {t for t, k in zip(tokens, kinds, strict=True) if k in (NORMAL, USER_DEFINED, UNUSED)}
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token in mergeable:
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in mergeable and right in mergeable:
+                merges.append((-scores[vocab[token]], vocab[left], vocab[right], left, right))
+    merges.sort()
+    unknown = values.get("unknown_token_id")
+    unk = (
+        tokens[unknown]
+        if unknown is not None
+        else next((t for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN), None)
+    )
+    data = _base(
+        {
+            "unk_token": unk,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": [[left, right] for _, _, _, left, right in merges],
+        }
+    )
+    prefix = values.get("add_space_prefix", True)
+    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    data["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    data["pre_tokenizer"] = None
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    data["decoder"] = {"type": "Sequence", "decoders": decoders}
+    return data
+
+
+def _post_processor(values: Mapping[str, Any], tokens: list[str], kind: str) -> dict[str, Any] | None:
+    single: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    used: dict[str, Any] = {}
+    # llama.cpp's own defaults where the file says nothing
+    on = {"bos": kind == "llama" or values.get("pre") in ("llama-bpe", "llama3", "llama-v3"), "eos": False}
+    for name in ("bos", "eos"):
+        value = values.get(f"{name}_token_id")
+        if value is None or not values.get(f"add_{name}_token", on[name]):
+            continue
+        token = tokens[value]
+        entry = {"SpecialToken": {"id": token, "type_id": 0}}
+        single = [entry, *single] if name == "bos" else [*single, entry]
+        used[token] = {"id": token, "ids": [value], "tokens": [token]}
+    if not used:
+        return None
+    second = [{"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": used}
+
+
+# ---------------------------------------------------------------- use
+
+
+def _load(path: Path) -> Any:
+    library = _library("tokenizers", "torch")
+    try:
+        return library.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"{path}: {error!s:.120}") from None
+
+
+def encode(folder: str | Path, text: str, *, add_special: bool = False) -> list[int]:
+    """Token ids of a text; special tokens written in it become their ids. `add_special` adds bos or eos."""
+    root = Path(folder)
+    if (root / "tokenizer.json").is_file():
+        return list(_load(root / "tokenizer.json").encode(text, add_special_tokens=add_special).ids)
+    auto = _library("transformers", "torch").AutoTokenizer.from_pretrained(str(root))
+    return list(auto(text, add_special_tokens=add_special)["input_ids"])
