@@ -1,4 +1,6 @@
-"""Predicted against measured peak memory of llama.cpp: `python benchmarks/memory.py [--quick] [--model FILE]`.
+"""Predicted against measured peak memory of llama.cpp.
+
+    PYTHONPATH=. python benchmarks/memory.py [--quick] [--model FILE]
 
 Makes random models of several shapes, quantizes each, measures every row in a fresh process with its
 whole context filled, prints predicted, measured and their ratio, and writes results/memory.json.
@@ -232,11 +234,11 @@ def measure(name: str, kind: str, path: Path, flags: LaunchFlags, isa: tuple[str
         repacked=repacked([(t.name, t.type.name, t.shape) for t in tensors], isa),
         tokenizer=tokenizer,
     )
-    measured = llama_cpp.memory(path, flags=flags, threads=2).peak_bytes
+    measured = llama_cpp.memory(path, flags=flags, threads=1).peak_bytes
     print(
         f"{name:26} {kind:7} ctx {flags.context_tokens:5} ub {flags.ubatch:4} kv {flags.kv_type:5}"
-        f" {'mmap' if flags.mmap else 'read'}  predicted {predicted / 1e6:8.1f} MB  measured {measured / 1e6:8.1f} MB"
-        f"  ratio {predicted / measured:.3f}",
+        f" {'mmap' if flags.mmap else 'read'}  predicted {predicted / 1e6:8.1f} MB"
+        f"  measured {measured / 1e6:8.1f} MB  ratio {predicted / measured:.3f}",
         flush=True,
     )
     return {

@@ -83,10 +83,7 @@ def environment() -> Environment:
 
 def available_threads() -> int:
     """Hardware threads this process may use: its affinity, less what a CPU quota forbids."""
-    if hasattr(os, "sched_getaffinity"):
-        threads = len(os.sched_getaffinity(0))
-    else:
-        threads = os.cpu_count() or 1
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cpu_quota()
     return max(1, min(threads, math.ceil(quota))) if quota is not None else threads
 
