@@ -67,7 +67,7 @@ SHAPES = (
         hidden=576,
         head_dim=64,
         layers=((9, 3, 1536),) * 30,
-        contexts=(512, 2048, 8192),
+        contexts=(512, 2048),
         sweep=True,
     ),
     Shape(name="135M bpe, uniform plan", vocab=49152, hidden=576, head_dim=64, layers=((6, 2, 1024),) * 30),

@@ -367,6 +367,13 @@ class BenchResult:
     thread_sweep: dict[str, float]  # threads -> decode tokens/s
     environment: Environment
     key: str
+    # what llama-bench's JSON names beside the times
+    model_type: str = ""
+    model_bytes: int = 0
+    model_params: int = 0
+    n_batch: int = 0
+    build_commit: str = ""
+    test_time: str = ""  # UTC, ISO 8601
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

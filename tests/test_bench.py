@@ -1,0 +1,96 @@
+"""llama-bench rows and statistics from raw times worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgeprune import bench
+from edgeprune.records import BenchResult, Environment, LaunchFlags, dumps, loads
+
+# what llama-bench prints and other programs read, from its tools/llama-bench/README.md
+LLAMA_BENCH_FIELDS = {
+    "build_commit", "build_number", "cpu_info", "gpu_info", "backends", "model_filename", "model_type",
+    "model_size", "model_n_params", "n_batch", "n_ubatch", "n_threads", "type_k", "type_v", "n_gpu_layers",
+    "flash_attn", "use_mmap", "n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns", "avg_ts",
+    "stddev_ts", "samples_ns", "samples_ts",
+}  # fmt: skip
+
+
+def _result(**changes: object) -> BenchResult:
+    values: dict[str, object] = {
+        "artifact_sha256": "ab",
+        "device": "here",
+        "runtime": "llama-cpp",
+        "runtime_version": "0.3.36",
+        "simulated": False,
+        "n_threads": 2,
+        "flags": LaunchFlags(context_tokens=2048, ubatch=128, kv_type="q8_0", mmap=False),
+        "n_prompt": 100,
+        "n_gen": 20,
+        "prefill_ns": (1_000_000_000, 500_000_000),
+        "decode_ns": (1_000_000_000, 2_000_000_000, 4_000_000_000),
+        "load_ns": 1,
+        "thread_sweep": {"1": 10.0, "2": 18.0},
+        "environment": Environment(
+            cpu="Test CPU", n_cpus=2, governor=None, temperature_c=None, load_average=0.0, power_mode=None
+        ),
+        "key": "k",
+        "model_type": "llama 1B Q4_0",
+        "model_bytes": 7,
+        "model_params": 9,
+        "n_batch": 512,
+        "build_commit": "0c1e570",
+        "test_time": "2025-01-02T03:04:05Z",
+        **changes,
+    }
+    return BenchResult(**values)  # type: ignore[arg-type]
+
+
+def test_rows_have_llama_bench_fields() -> None:
+    rows = bench.to_llama_bench(_result(), model_filename="m.gguf")
+    assert len(rows) == 2
+    for row in rows:
+        assert set(row) >= LLAMA_BENCH_FIELDS
+    pp, tg = rows
+    assert (pp["n_prompt"], pp["n_gen"], pp["n_depth"]) == (100, 0, 0)
+    assert (tg["n_prompt"], tg["n_gen"], tg["n_depth"]) == (0, 20, 100)
+    assert (pp["type_k"], pp["type_v"], pp["use_mmap"], pp["flash_attn"]) == ("q8_0", "q8_0", False, 1)
+    assert (pp["model_size"], pp["model_n_params"], pp["n_ubatch"], pp["n_batch"]) == (7, 9, 128, 512)
+    assert (pp["cpu_info"], pp["model_filename"], pp["backends"]) == ("Test CPU", "m.gguf", "CPU")
+
+
+def test_row_statistics_by_hand() -> None:
+    pp, tg = bench.to_llama_bench(_result(), model_filename="m.gguf")
+    # 100 tokens in 1 s and 0.5 s: 100 and 200 tokens/s
+    assert pp["samples_ts"] == [100.0, 200.0]
+    assert pp["avg_ts"] == 150.0
+    assert pp["stddev_ts"] == pytest.approx(70.7106781)
+    assert pp["avg_ns"] == 750_000_000
+    assert pp["stddev_ns"] == 353_553_391
+    # 20 tokens in 1, 2 and 4 s: 20, 10, 5 tokens/s
+    assert tg["samples_ts"] == [20.0, 10.0, 5.0]
+    assert tg["samples_ns"] == [1_000_000_000, 2_000_000_000, 4_000_000_000]
+
+
+def test_helper_statistics() -> None:
+    ns = (1_000_000_000, 2_000_000_000, 4_000_000_000)
+    assert bench.median_tps(20, ns) == 10.0
+    assert bench.mean_tps(20, ns) == pytest.approx(35 / 3)
+    # deviations from 35/3: 25/3, -5/3, -20/3 -> variance (625+25+400)/9/2
+    assert bench.stdev_tps(20, ns) == pytest.approx((1050 / 18) ** 0.5)
+    assert bench.stdev_tps(20, ns[:1]) == 0.0
+
+
+def test_thread_counts_end_with_all() -> None:
+    assert bench.thread_counts(1) == (1,)
+    assert bench.thread_counts(4) == (1, 2, 3, 4)
+    assert bench.thread_counts(13) == (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13)
+
+
+def test_result_survives_json_and_older_records_still_read() -> None:
+    result = _result()
+    assert loads(BenchResult, dumps(result)) == result
+    old = dumps(result)
+    for name in ("model_type", "model_bytes", "model_params", "n_batch", "build_commit", "test_time"):
+        old = "\n".join(line for line in old.splitlines() if f'"{name}"' not in line)
+    assert loads(BenchResult, old.replace('"key": "k",', '"key": "k"')).n_batch == 0
