@@ -15,13 +15,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("gguf")
 
+import builders
+
 from edgeprune import graph
 from edgeprune.costs.gguf_header import KeyValue
 from edgeprune.errors import ConfigError, EdgepruneError, UnsupportedModelError
 from edgeprune.exporters import gguf as exporter
 from edgeprune.families.base import LAYER_LIST_KEY
 from edgeprune.gguf_source import GgufSource, permute_rows, unpermute_rows
-from tests import builders
 
 KVS = [
     KeyValue("tokenizer.ggml.model", "STRING", "gpt2"),
