@@ -25,7 +25,7 @@ def test_detect_agrees_with_the_operating_system() -> None:
 
 def test_detection_needs_no_heavy_library() -> None:
     code = (
-        "import sys; from edgeprune.devices import local; local.detect(probe_seconds=0.0); local.environment();"
+        "import sys; from edgeprune.devices import local as d; d.detect(probe_seconds=0.0); d.environment();"
         "print([m for m in ('torch', 'numpy', 'llama_cpp', 'gguf') if m in sys.modules])"
     )
     root = Path(local.__file__).resolve().parents[2]
