@@ -142,7 +142,7 @@ class GgufSource:
     def _float(self, key: str, default: float | None = None) -> float:
         full = f"{self.arch}.{key}"
         value = self._values.get(full, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise self._fail(full, value, "a positive number")
         return _shortest(value)
 
@@ -253,13 +253,15 @@ def _shortest(value: float) -> float:
 def permute_rows(array: np.ndarray, n_heads: int) -> np.ndarray:
     """Rotary halves [x0…, y0…] of each head to the pairs (x0, y0), … of llama.cpp; weight or bias."""
     half = array.shape[0] // n_heads // 2
-    return array.reshape(n_heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    out: np.ndarray = array.reshape(n_heads, 2, half, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    return out
 
 
 def unpermute_rows(array: np.ndarray, n_heads: int) -> np.ndarray:
     """Undo `permute_rows`."""
     half = array.shape[0] // n_heads // 2
-    return array.reshape(n_heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    out: np.ndarray = array.reshape(n_heads, half, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    return out
 
 
 def llama3_factors(

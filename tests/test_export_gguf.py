@@ -377,6 +377,30 @@ def test_an_abort_of_llama_cpp_is_survived(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
+def test_quantizer_ends_with_its_parent(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "child = 'from edgeprune.exporters import _gguf_quantize as q; q._die_with_parent(); '\n"
+        "child += 'import time; print(1, flush=True); time.sleep(60)'\n"
+        "p = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE)\n"
+        "p.stdout.readline(); print(p.pid, flush=True); time.sleep(60)\n"
+    )
+    root = Path(exporter.__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(50):
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child outlived its parent by five seconds")
+
+
 def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, config, dims, read = build(ALIKE)
     usage = type(exporter.shutil.disk_usage(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,15 @@ def run(job: dict[str, Any]) -> int:
     )
 
 
+def _die_with_parent() -> None:
+    # a killed run must not leave a quantizer behind that competes with the next one
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> None:
+    _die_with_parent()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     sys.exit(run(job))
 

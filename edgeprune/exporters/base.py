@@ -21,7 +21,7 @@ class Exporter:
         constraints: (family, dims, quantization) to the shapes that load; loads no library.
         file_cost: (family, config, tokenizer metadata, …) to an object that predicts bytes.
         export: writes one file; see the module for its arguments.
-        verify_readback: reads the file back and raises StageError when it is not what was planned.
+        verify_readback: reads the file back; its bytes, or StageError when it is not what was planned.
     """
 
     name: str
@@ -33,4 +33,4 @@ class Exporter:
     constraints: Callable[[Family, ModelDims, str], Constraints]
     file_cost: Callable[..., Any]
     export: Callable[..., int]
-    verify_readback: Callable[..., None]
+    verify_readback: Callable[..., int]
