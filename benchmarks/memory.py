@@ -234,7 +234,7 @@ def measure(name: str, kind: str, path: Path, flags: LaunchFlags, isa: tuple[str
         repacked=repacked([(t.name, t.type.name, t.shape) for t in tensors], isa),
         tokenizer=tokenizer,
     )
-    measured = llama_cpp.memory(path, flags=flags, threads=1).peak_bytes
+    measured = llama_cpp.memory(path, flags=flags, threads=2).peak_bytes
     print(
         f"{name:26} {kind:7} ctx {flags.context_tokens:5} ub {flags.ubatch:4} kv {flags.kv_type:5}"
         f" {'mmap' if flags.mmap else 'read'}  predicted {predicted / 1e6:8.1f} MB"
@@ -270,7 +270,7 @@ def main() -> int:
             (512, 128, "f16", False),
             (2048, 512, "f16", True),
             (2048, 64, "q8_0", False),
-            (8192, 256, "q4_0", True),
+            (4096, 256, "q4_0", True),
         ):
             flags = LaunchFlags(context_tokens=context, ubatch=ubatch, kv_type=kv, mmap=mmap)
             rows.append(measure(path.name[:26], path.stem.rsplit(".")[-1], path, flags, isa))

@@ -120,9 +120,9 @@ def test_memory_fills_the_whole_context_and_counts_the_cache(parent: Path) -> No
     assert short.peak_bytes > parent.stat().st_size
     long = llama_cpp.memory(parent, flags=dataclasses.replace(FLAGS, context_tokens=4096, kv_type="f32"))
     assert long.tokens_filled == 4096
-    # 2 * 4096 tokens * 2 layers * 2 heads * 16 * 4 bytes = 2.1 MB; tables of the cache come on top
+    # 2 * 4096 tokens * 2 layers * 2 heads * 16 * 4 bytes = 2.1 MB; tables of cells and of the batch come on top
     cache = 2 * 4096 * LAYERS * KV_HEADS * HEAD_DIM * 4
-    assert cache < long.peak_bytes - short.peak_bytes < 2.5 * cache
+    assert cache < long.peak_bytes - short.peak_bytes < cache + 6_000_000
 
 
 # ---------------------------------------------------------------- logits and quality

@@ -41,9 +41,12 @@ class JobError(Exception):
 class _Engine:
     """llama_cpp's ctypes functions, and the errors the library logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, timed: bool = False) -> None:
         # a backtrace through gdb would hide the message, and can hang
         os.environ["GGML_NO_BACKTRACE"] = "1"
+        if not timed:
+            # spinning threads crawl when other programs share the cores; timings keep the default
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import llama_cpp.llama_cpp as lib
 
         self.lib: Any = lib
@@ -176,7 +179,7 @@ def bench(args: dict[str, Any]) -> dict[str, Any]:
         raise JobError(
             f"{n_prompt} + {n_gen} tokens do not fit into a context of {flags['context_tokens']} tokens"
         )
-    engine = _Engine()
+    engine = _Engine(timed=True)
     session = _Session(engine, args["path"], flags, threads=args["threads"] or 1)
     prompt = _pseudo_tokens(n_prompt, session.vocab)
     generated = _pseudo_tokens(n_gen, session.vocab, seed=2)
