@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.devices import local
+from edgeprune import registry
 from edgeprune.records import BenchProtocol, BenchResult, LaunchFlags, MemoryResult
-from edgeprune.runtimes import llama_cpp
 
 
 def bench_artifact(
@@ -22,29 +21,34 @@ def bench_artifact(
     threads: int | None,
     device_name: str,
     key: str,
+    runtime: str = "llama-cpp",
+    device: str = "local",
     timeout_s: float = 1800.0,
 ) -> BenchResult:
     """Time prefill and decode apart in a fresh process; with `threads` None the thread count is swept first.
 
-    The state of the machine is the one before the run. Raises StageError when the runtime fails.
+    `runtime` and `device` name plug-ins; `device_name` is what the record calls the machine, whose
+    state is the one before the run. Raises StageError when the runtime fails.
     """
-    environment = local.environment()
+    engine = registry.load("runtimes", runtime, "RUNTIME")
+    machine = registry.load("devices", device, "DEVICE")
+    environment = machine.environment()
     began = datetime.datetime.now(datetime.timezone.utc)
-    times = llama_cpp.bench(
+    times = engine.bench(
         path,
         flags=flags,
         n_prompt=protocol.prompt_tokens,
         n_gen=protocol.new_tokens,
         repeats=protocol.repeats,
         threads=threads,
-        sweep=thread_counts(local.available_threads()) if threads is None else (),
+        sweep=thread_counts(machine.available_threads()) if threads is None else (),
         timeout_s=timeout_s,
     )
     return BenchResult(
         artifact_sha256=sha256,
         device=device_name,
-        runtime=llama_cpp.RUNTIME.name,
-        runtime_version=llama_cpp.RUNTIME.version(),
+        runtime=engine.name,
+        runtime_version=engine.version(),
         simulated=False,
         n_threads=times.threads,
         flags=flags,
@@ -73,10 +77,12 @@ def measure_memory(
     device_name: str,
     key: str,
     threads: int = 1,
+    runtime: str = "llama-cpp",
     timeout_s: float = 1800.0,
 ) -> MemoryResult:
     """Peak memory with the whole context filled, in a fresh process that does nothing else."""
-    peak = llama_cpp.memory(path, flags=flags, threads=threads, timeout_s=timeout_s)
+    engine = registry.load("runtimes", runtime, "RUNTIME")
+    peak = engine.memory(path, flags=flags, threads=threads, timeout_s=timeout_s)
     return MemoryResult(
         artifact_sha256=sha256,
         device=device_name,

@@ -115,9 +115,7 @@ class Collector:
         o: torch.Tensor = self._module("o").weight  # type: ignore[assignment]
         width = o.shape[1] // n
         flat = u.flatten(0, -2)
-        return [
-            flat[:, k * width : (k + 1) * width] @ o[:, k * width : (k + 1) * width].T for k in range(n)
-        ]
+        return [flat[:, k * width : (k + 1) * width] @ o[:, k * width : (k + 1) * width].T for k in range(n)]
 
     def after(self, before: torch.Tensor, out: torch.Tensor) -> None:
         """Look at one batch once the layer has run: `before` and `out` are [n, T, d]."""
@@ -127,7 +125,9 @@ class Collector:
         if Need.BLOCK_COSINE in self.needs:
             middle = self._y if self._y is not None else out
             pairs = ((before, out), (before, middle), (middle, out))
-            cosines = [nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).sum() for a, b in pairs]
+            cosines = [
+                nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).sum() for a, b in pairs
+            ]
             self._add(Need.BLOCK_COSINE, torch.stack(cosines))
         if Need.HEAD_EXACT in self.needs and self.shape.n_kv_heads:
             self._add(Need.HEAD_EXACT, self._exact(out))
@@ -232,7 +232,9 @@ def collect(
     return arrays
 
 
-def forward(source: checkpoint.Source, dims: ModelDims, tokens: np.ndarray, *, device: str = "cpu") -> np.ndarray:
+def forward(
+    source: checkpoint.Source, dims: ModelDims, tokens: np.ndarray, *, device: str = "cpu"
+) -> np.ndarray:
     """Logits [N, T, vocab] float32 of token windows [N, T], with one layer's weights resident at a time."""
     family = graphs.find_family(dims.family)
     model = checkpoint.skeleton(source.config, dims)
@@ -245,7 +247,9 @@ def forward(source: checkpoint.Source, dims: ModelDims, tokens: np.ndarray, *, d
         rotary = decoder.rotary_emb(stream[:1], position_ids=positions)
         for index in range(len(dims.layers)):
             with checkpoint.resident_layer(model, index, source, device=device) as layer:
-                stream = layer(stream, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+                stream = layer(
+                    stream, attention_mask=None, position_ids=positions, position_embeddings=rotary
+                )
         checkpoint.fill_(decoder.norm, family.roles["final_norm"] + ".", source, torch.float32, device)
         stream = decoder.norm(stream)
         head = embed if dims.tied else source.tensor(family.tensor("head"))

@@ -58,7 +58,9 @@ def resolve_model(model: str | None) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         if path.is_file() and path.suffix.lower() != ".gguf":
-            raise ConfigError(f"model file {path} is not a .gguf", "give a GGUF file or a Hugging Face folder")
+            raise ConfigError(
+                f"model file {path} is not a .gguf", "give a GGUF file or a Hugging Face folder"
+            )
         return path
     looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     if not looks_like_id:
@@ -68,7 +70,8 @@ def resolve_model(model: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                model, allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"]
+                model,
+                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"],
             )
         )
     except Exception as error:  # the hub client raises a dozen unrelated classes
@@ -140,7 +143,9 @@ class SafetensorsSource:
             files = {}
             for tensor, name in table.items():
                 if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                    raise ConfigError(f"{index}: shard name {name!r:.80} is not a plain .safetensors file name")
+                    raise ConfigError(
+                        f"{index}: shard name {name!r:.80} is not a plain .safetensors file name"
+                    )
                 files[tensor] = self.folder / name
             for path in sorted(set(files.values())):
                 if not path.is_file():
@@ -177,7 +182,9 @@ class SafetensorsSource:
                 problems.append(f"{self.folder}: tensor {name} is missing")
             elif self.shape(name) != shape:
                 found = list(self.shape(name))
-                problems.append(f"{self.folder}: tensor {name} has shape {found}, config.json says {list(shape)}")
+                problems.append(
+                    f"{self.folder}: tensor {name} has shape {found}, config.json says {list(shape)}"
+                )
         if problems:
             more = [f"… and {len(problems) - 5} more"] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more, "config.json and the weights do not belong together")
@@ -310,7 +317,9 @@ def fill_(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype, de
                 "config.json and the weights do not belong together",
             )
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner) if owner else module, leaf, nn.Parameter(value, requires_grad=False))
+        setattr(
+            module.get_submodule(owner) if owner else module, leaf, nn.Parameter(value, requires_grad=False)
+        )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from edgeprune import registry
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import Family
-from edgeprune.records import LayerShape, ModelDims, ModelGraph, make_key
+from edgeprune.records import Axis, LayerShape, ModelDims, ModelGraph, make_key
 
 
 def find_family(model_type: object) -> Family:
@@ -32,7 +32,7 @@ def build(config: Mapping[str, Any]) -> ModelGraph:
 
 def graph_of(family: Family, dims: ModelDims) -> ModelGraph:
     shapes: dict[str, tuple[int, ...]] = {}
-    axes = []
+    axes: list[Axis] = []
     decoder = 0
     for layer in range(len(dims.layers)):
         layer_shapes = family.layer_shapes(dims, layer)
@@ -60,8 +60,6 @@ def prune_dims(graph: ModelGraph, kept: Mapping[str, Sequence[int]]) -> ModelDim
         n_kv = shape.n_kv_heads if kv is None else len(kv)
         group = shape.n_heads // shape.n_kv_heads if shape.n_kv_heads else 0
         layers.append(
-            LayerShape(
-                n_heads=n_kv * group, n_kv_heads=n_kv, n_ff=shape.n_ff if ff is None else len(ff)
-            )
+            LayerShape(n_heads=n_kv * group, n_kv_heads=n_kv, n_ff=shape.n_ff if ff is None else len(ff))
         )
     return dataclasses.replace(graph.dims, layers=tuple(layers))

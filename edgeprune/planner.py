@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.graph import find_family, graph_of, prune_dims
-from edgeprune.metrics.base import Array
 from edgeprune.records import (
     Axis,
     Constraints,
@@ -25,7 +26,8 @@ from edgeprune.records import (
 
 ALLOCATORS = ("uniform", "global")
 
-Widths = dict[str, int]  # axis name -> units kept
+Array: TypeAlias = npt.NDArray[Any]
+Widths: TypeAlias = dict[str, int]  # axis name -> units kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,7 +349,5 @@ def lanes(ladder: PlanLadder, quantizations: Sequence[str], cost: CostOf, *, mos
                 why = "predicted to miss " + ", ".join(price.misses)
             else:
                 why = "not measured: a plan that removes less fits at this type"
-            out.append(
-                Lane(plan=plan, quantization=q, cost=price, measure=(plan.id, q) in chosen, why=why)
-            )
+            out.append(Lane(plan=plan, quantization=q, cost=price, measure=(plan.id, q) in chosen, why=why))
     return tuple(out)

@@ -51,7 +51,9 @@ def rows_of(axis: Axis, kept: Sequence[int]) -> Iterator[tuple[str, int, np.ndar
 class PrunedSource:
     """A view of a source through a plan: tensors come out already cut."""
 
-    def __init__(self, source: checkpoint.Source, graph: ModelGraph, kept: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, source: checkpoint.Source, graph: ModelGraph, kept: Mapping[str, Sequence[int]]
+    ) -> None:
         self._source = source
         self._config = write_config(source.config, graphs.prune_dims(graph, kept))
         self._cuts: dict[str, list[tuple[int, torch.Tensor]]] = {}
@@ -76,7 +78,11 @@ class PrunedSource:
 
 
 def save(
-    folder: Path, source: checkpoint.Source, shapes: Mapping[str, tuple[int, ...]], *, extras: Path | None = None
+    folder: Path,
+    source: checkpoint.Source,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    extras: Path | None = None,
 ) -> None:
     """Write config.json and safetensors shards of at most 1 GiB; the folder appears whole or not at all.
 
@@ -134,7 +140,9 @@ def _write_shards(part: Path, source: checkpoint.Source, shapes: Mapping[str, tu
     rundir.write_text(part / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def prune(source: checkpoint.Source, graph: ModelGraph, plan: PrunePlan, folder: Path, *, extras: Path | None) -> None:
+def prune(
+    source: checkpoint.Source, graph: ModelGraph, plan: PrunePlan, folder: Path, *, extras: Path | None
+) -> None:
     """Apply a plan and save the result as a Hugging Face folder with its plan beside it."""
     pruned = PrunedSource(source, graph, plan.kept)
     after = graphs.graph_of(graphs.find_family(plan.dims.family), plan.dims)

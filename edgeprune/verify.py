@@ -26,10 +26,14 @@ class Comparison:
         if not exact:
             return None
         if self.kl > MOST_KL:
-            return f"the exported file differs from torch: KL {self.kl:.2e} nats per token, limit {MOST_KL:.0e}"
+            return (
+                f"the exported file differs from torch: KL {self.kl:.2e} nats per token, limit {MOST_KL:.0e}"
+            )
         wrong = self.tokens - self.same_argmax - self.explained_argmax
         if wrong:
-            return f"the exported file predicts another token than torch at {wrong} of {self.tokens} positions"
+            return (
+                f"the exported file predicts another token than torch at {wrong} of {self.tokens} positions"
+            )
         return None
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from edgeprune.costs.gguf_types import tensor_bytes
 from edgeprune.errors import ConfigError
 from edgeprune.records import LaunchFlags, ModelDims
 from edgeprune.registry import suggest
@@ -66,6 +65,16 @@ def repacked_types(isa: Iterable[str]) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a GGUF file: its name, ggml type ('Q4_0'), [rows, columns] and bytes."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Repacked:
     """Bytes of a file's tensors that are held in another layout."""
 
@@ -73,30 +82,24 @@ class Repacked:
     tied_bytes: int  # the part that is a second copy even without mmap: the tied output
 
 
-def repacked(tensors: Iterable[tuple[str, str, Sequence[int]]], isa: Iterable[str]) -> Repacked:
+def repacked(tensors: Sequence[StoredTensor], isa: Iterable[str]) -> Repacked:
     """Work out which weights a CPU with these instructions repacks.
 
     Only matrices are repacked, and the embedding only where it is the output too (no `output.weight`):
     rows are looked up in the original, the product uses the copy.
-
-    Args:
-        tensors: all tensors of the file: (GGUF name, ggml type 'Q4_0', [rows, columns]).
-        isa: instruction set names of the target.
     """
-    table = list(tensors)
     kinds = repacked_types(isa)
-    tied = all(name != "output.weight" for name, _, _ in table)
+    tied = all(t.name != "output.weight" for t in tensors)
     copied = twice = 0
-    for name, kind, shape in table:
-        multiple = kinds.get(kind)
-        if multiple is None or len(shape) != 2 or shape[0] % multiple:
+    for tensor in tensors:
+        multiple = kinds.get(tensor.type)
+        if multiple is None or len(tensor.shape) != 2 or tensor.shape[0] % multiple:
             continue
-        size = tensor_bytes(kind, shape)
-        if name == "token_embd.weight":
+        if tensor.name == "token_embd.weight":
             if not tied:
                 continue
-            twice += size
-        copied += size
+            twice += tensor.bytes
+        copied += tensor.bytes
     return Repacked(copied_bytes=copied, tied_bytes=twice)
 
 

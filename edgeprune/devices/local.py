@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgeprune.devices.base import Device
 from edgeprune.records import Environment
 
 # decode streams weights with all cores; over published boards it reached 1.6 x what one thread copies
@@ -236,3 +237,13 @@ def _sysctl(name: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+DEVICE = Device(
+    name="local",
+    summary="the machine this program runs on",
+    reference="Linux: /proc and /sys (proc(5), cgroups(7)); elsewhere what the system says",
+    detect=detect,
+    environment=environment,
+    available_threads=available_threads,
+)

@@ -13,7 +13,9 @@ from edgeprune.records import Axis, LayerShape, ModelDims, TensorSlice
 _MOST = {"vocab_size": 2_000_000, "hidden_size": 131_072, "num_hidden_layers": 1_024}
 _MOST_WIDTH = 1_048_576
 
-LAYER_LIST_KEY = "edgeprune_layers"  # [n_heads, n_kv_heads, n_ff] per layer, in config.json of a non-uniform model
+LAYER_LIST_KEY = (
+    "edgeprune_layers"  # [n_heads, n_kv_heads, n_ff] per layer, in config.json of a non-uniform model
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,9 @@ def config_int(
         raise UnsupportedModelError(f"config.json: '{key}' is {value!r:.60}, expected a positive integer")
     limit = most or _MOST.get(key, _MOST_WIDTH)
     if value > limit:
-        raise UnsupportedModelError(f"config.json: '{key}' is {value}, beyond {limit}", "the file looks damaged")
+        raise UnsupportedModelError(
+            f"config.json: '{key}' is {value}, beyond {limit}", "the file looks damaged"
+        )
     return value
 
 

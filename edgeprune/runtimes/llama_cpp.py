@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.errors import ConfigError, MissingExtraError, StageError
 from edgeprune.records import LaunchFlags, to_plain
 from edgeprune.rundir import atomic_path, write_text
-from edgeprune.runtimes.base import Runtime
+from edgeprune.runtimes.base import BenchTimes, MemoryPeak, Runtime
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,43 +34,6 @@ def _available() -> str | None:
 
 def _version() -> str:
     return importlib.metadata.version("llama-cpp-python")
-
-
-RUNTIME = Runtime(
-    name="llama-cpp",
-    summary="llama.cpp through its Python binding, on the CPU of this machine",
-    reference="https://github.com/ggml-org/llama.cpp",
-    formats=("gguf",),
-    extra="gguf",
-    available=_available,
-    version=_version,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchTimes:
-    """What one bench process measured; nanoseconds per repeat."""
-
-    threads: int
-    sweep: dict[str, float]  # thread count -> decode tokens/s
-    prefill_ns: tuple[int, ...]
-    decode_ns: tuple[int, ...]
-    load_ns: int
-    n_batch: int
-    model_type: str
-    model_bytes: int
-    model_params: int
-    build_commit: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPeak:
-    """Peak resident size after the context was filled, less its value before the model was opened."""
-
-    peak_bytes: int
-    before_bytes: int
-    tokens_filled: int
-    load_ns: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,3 +356,16 @@ def _tail(errors: Path) -> str:
         f.seek(max(0, errors.stat().st_size - 4096))
         lines = [line.strip() for line in f.read().decode("utf-8", "replace").splitlines()]
     return " | ".join([line for line in lines if line][-_TAIL_LINES:]) or "it said nothing"
+
+
+RUNTIME = Runtime(
+    name="llama-cpp",
+    summary="llama.cpp through its Python binding, on the CPU of this machine",
+    reference="https://github.com/ggml-org/llama.cpp",
+    formats=("gguf",),
+    extra="gguf",
+    available=_available,
+    version=_version,
+    bench=bench,
+    memory=memory,
+)

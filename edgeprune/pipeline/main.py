@@ -1,0 +1,396 @@
+"""The main job: model x target x profile in, a chosen artifact and a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from edgeprune import bench, planner, quality, rundir, selection
+from edgeprune.config import budget as budgets
+from edgeprune.config.targets import with_detected
+from edgeprune.costs.gguf_types import check_quantization
+from edgeprune.devices import local
+from edgeprune.errors import ConfigError, InfeasibleError
+from edgeprune.exporters import gguf
+from edgeprune.pipeline import lane as lanes
+from edgeprune.pipeline import prepare
+from edgeprune.pipeline.parent import Parent, open_parent
+from edgeprune.planner import Lane
+from edgeprune.progress import Progress
+from edgeprune.records import (
+    Budget,
+    Candidate,
+    DeviceTarget,
+    Measured,
+    Predicted,
+    Profile,
+    QualitySummary,
+    Selection,
+    SpeedModel,
+    make_key,
+)
+from edgeprune.report import build as report_build
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The command line of the main job, parsed."""
+
+    target: str
+    budget_bytes: int | None
+    model: str | None
+    profile: str
+    device: str
+    out: Path
+    file_bytes: int | None
+    min_tps: float | None
+    max_kl: float | None
+    metric: str | None
+    calibration: str | None
+    eval_text: str | None
+    seed: int
+    threads: int | None
+    max_candidates: int | None
+    quantizations: tuple[str, ...]
+    trust_remote_code: bool
+    mode: str | None
+    command: tuple[str, ...]
+    metric_options: dict[str, str] = field(default_factory=dict)
+
+
+def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
+    """Run the whole pipeline in `options.out` and return the report (schema 1) as plain values.
+
+    Finished stages are found by their key and not run again. Raises InfeasibleError after the report
+    was written when nothing meets the budget.
+    """
+    if options.device != "local":
+        raise ConfigError(
+            f"device '{options.device}' cannot be reached by this version",
+            "leave out --device: without the board speed is predicted, memory is checked on this machine",
+        )
+    target, took, profile = budgets.load_inputs(
+        options.target, options.profile, memory_bytes=options.budget_bytes
+    )
+    metric, metric_options = prepare.load_metric(
+        options.metric or profile.recipe.metric, options.metric_options
+    )
+    quantizations = options.quantizations or profile.recipe.quantizations
+    for name in quantizations:
+        check_quantization(name)
+    with rundir.RunDir(options.out) as folder:
+        target = _with_machine(folder, target)
+        _check_mode(target, options.mode)
+        budget = budgets.resolve_budget(
+            target,
+            profile,
+            memory_bytes=options.budget_bytes,
+            file_bytes=options.file_bytes,
+            decode_tps=options.min_tps,
+            kl=options.max_kl,
+        )
+        if took:
+            progress.say(took)
+        parent = open_parent(options.model, folder)
+        if profile.workload.context_tokens > parent.graph.dims.max_context:
+            raise ConfigError(
+                f"profile {profile.name} needs a context of {profile.workload.context_tokens} tokens, "
+                f"{parent.name} was trained for {parent.graph.dims.max_context}",
+                "choose another profile with --profile",
+            )
+        job = _Job(
+            options=options,
+            folder=folder,
+            target=target,
+            profile=profile,
+            budget=budget,
+            parent=parent,
+            quantizations=quantizations,
+            progress=progress,
+        )
+        candidates, chosen, context = job.work(metric, metric_options)
+        report = report_build.build(
+            command=options.command,
+            seed=options.seed,
+            target=target,
+            profile=profile,
+            budget=budget,
+            name=parent.name,
+            graph=parent.graph,
+            license_name=parent.license_name,
+            parent_key=parent.key,
+            candidates=candidates,
+            chosen=chosen,
+            context={**context, "target_choice": took},
+        )
+        report_build.write(folder, report)
+    if chosen.selected is None:
+        raise InfeasibleError(
+            chosen.headline, "raise the limit it missed, or ask for a shorter context (--profile tiny-512)"
+        )
+    return report
+
+
+def _with_machine(folder: rundir.RunDir, target: DeviceTarget) -> DeviceTarget:
+    """Facts of this machine, detected once per run folder: a probe's noise must not change a resumed run."""
+    if not target.local:
+        return target
+    key = make_key("detected", target.key)
+    found = folder.find(DeviceTarget, key, kind="detected")
+    if found is not None:
+        return found
+    facts = local.detect()
+    names = ("arch", "isa", "cores", "memory_bytes", "usable_bytes")
+    detected = with_detected(target, {n: facts[n] for n in names if facts.get(n)})
+    bandwidth = facts.get("bandwidth_bytes_per_s")
+    if bandwidth:
+        probed = SpeedModel(
+            runtime="llama-cpp",
+            mode="",
+            bandwidth_bytes_per_s=bandwidth,
+            layer_ns=0.0,
+            compute_flops=None,
+            relative_error=facts["bandwidth_relative_error"],
+            source="1.6 x the memory copy speed of one thread, probed on this machine",
+        )
+        detected = dataclasses.replace(detected, speeds=(probed,))
+    detected = dataclasses.replace(detected, key=key)
+    folder.write(detected, kind="detected")
+    return detected
+
+
+def _check_mode(target: DeviceTarget, mode: str | None) -> None:
+    if mode is not None and mode not in [m.name for m in target.power_modes]:
+        known = ", ".join(m.name for m in target.power_modes) or "none"
+        raise ConfigError(f"target {target.name} has no power mode '{mode}'", f"power modes: {known}")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Job:
+    options: RunOptions
+    folder: rundir.RunDir
+    target: DeviceTarget
+    profile: Profile
+    budget: Budget
+    parent: Parent
+    quantizations: tuple[str, ...]
+    progress: Progress
+
+    def work(
+        self, metric: Any, metric_options: dict[str, str]
+    ) -> tuple[list[Candidate], Selection, dict[str, Any]]:
+        recipe, options = self.profile.recipe, self.options
+        tokens = prepare.Tokens(self.folder, self.parent, self.progress)
+        calibration_set, calibration_windows = tokens.get(
+            options.calibration,
+            n_samples=recipe.calibration_samples,
+            n_tokens=recipe.calibration_tokens,
+            seed=options.seed,
+        )
+        eval_set, eval_windows = tokens.get(
+            options.eval_text,
+            n_samples=recipe.eval_samples,
+            n_tokens=recipe.eval_tokens,
+            seed=options.seed + prepare.EVAL_SEED_OFFSET,
+        )
+        tokens.close()
+        stats, scores_record, scores = prepare.calibrate(
+            self.folder,
+            self.parent,
+            metric,
+            metric_options,
+            calibration_set,
+            calibration_windows,
+            seed=options.seed,
+            progress=self.progress,
+        )
+        constraints = prepare.widest_constraints(gguf.constraints, self.parent, self.quantizations)
+        space = planner.PlanSpace(
+            graph=self.parent.graph,
+            scores=scores,
+            poolable=scores_record.poolable,
+            constraints=constraints,
+            metric=metric.name,
+            scores_key=scores_record.key,
+        )
+        cost = self._cost_model()
+        ladder = prepare.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
+        most = options.max_candidates or recipe.max_measured
+        given = self._given_lane(ladder.plans[0], cost)
+        planned = planner.lanes(
+            ladder, self.quantizations, cost, most=most - 1 if given and given.measure and most > 1 else most
+        )
+        planned = (given, *planned) if given else planned
+        shop = lanes.Workshop(
+            run=self.folder,
+            parent=self.parent,
+            stats=stats,
+            stats_key=make_key("imatrix", scores_record.key),
+            eval_set=eval_set,
+            eval_windows=eval_windows,
+            threads=options.threads or local_cores(),
+            protocol=self.profile.bench,
+            device_name=local_name(),
+            measure_speed=self.target.local,
+            memory_limit=self.budget.memory_bytes.value - self.target.runtime_overhead_bytes,
+            flag_choices=cost.flag_choices(),
+            bench_threads=options.threads,
+        )
+        results = self._lanes(shop, planned, ladder.plans[0])
+        candidates = [self._candidate(shop, result) for result in results]
+        candidates = [
+            dataclasses.replace(c, meets=selection.check_limits(self.budget, c)) for c in candidates
+        ]
+        chosen = selection.select(self.budget, candidates, self._tie(shop, results))
+        candidates = [dataclasses.replace(c, reason=chosen.reasons.get(c.id, c.reason)) for c in candidates]
+        self.folder.write(chosen)
+        context = {
+            "metric_options": metric_options,
+            "calibration": calibration_set,
+            "evaluation": eval_set,
+            "threads": shop.bench_threads,
+            "dense_perplexity": next(
+                (r.quality.dense_perplexity for r in results if r.quality is not None), None
+            ),
+            "plans": ladder.plans,
+        }
+        return candidates, chosen, context
+
+    def _cost_model(self) -> prepare.CostModel:
+        parent = self.parent
+        return prepare.CostModel(
+            files=gguf.FileCost(
+                parent.family,
+                parent.source.config,
+                parent.tokenizer_kvs,
+                name=parent.name,
+                license_name=parent.license_name,
+                has_imatrix=True,
+            ),
+            target=self.target,
+            budget=self.budget,
+            workload=self.profile.workload,
+            speed=prepare.speed_of(self.target, self.options.mode),
+            tokenizer=prepare.tokenizer_kind(parent),
+        )
+
+    def _given_lane(self, dense: Any, cost: prepare.CostModel) -> Lane | None:
+        """The user's own quantized file is what they would ship without us: always a candidate."""
+        parent = self.parent
+        if parent.given is None or parent.given_quantization in ("F16", "F32", None):
+            return None
+        tensors = prepare.stored_tensors(parent.given)
+        price = cost.price(parent.graph.dims, parent.given.stat().st_size, tensors)
+        return Lane(
+            plan=dense,
+            quantization=f"{parent.given_quantization}{lanes.AS_GIVEN}",
+            cost=price,
+            measure=price.fits,
+            why="the file as it was given" if price.fits else f"predicted to miss {', '.join(price.misses)}",
+        )
+
+    def _lanes(self, shop: lanes.Workshop, planned: tuple[Lane, ...], dense: Any) -> list[lanes.LaneResult]:
+        work = [lane for lane in planned if lane.measure]
+        done: dict[str, lanes.LaneResult] = {}
+        if work:
+            with self.progress.stage("measure candidates", len(work) + 1) as bar:
+                shop.make_reference(dense)
+                bar.advance()
+                by_plan: dict[str, list[Lane]] = {}
+                for lane in work:
+                    by_plan.setdefault(lane.plan.id, []).append(lane)
+                for group in by_plan.values():
+                    for lane in group:
+                        self.progress.say(f"candidate {lane.id}")
+                        done[lane.id] = lanes.run_lane(shop, lane)
+                        if done[lane.id].error:
+                            self.progress.say(f"candidate {lane.id} failed: {done[lane.id].error}")
+                        bar.advance()
+                    shop.drop_master(group[0].plan, keep=any(x.quantization == "F16" for x in group))
+        return [done.get(lane.id) or lanes.LaneResult(lane=lane) for lane in planned]
+
+    def _candidate(self, shop: lanes.Workshop, result: lanes.LaneResult) -> Candidate:
+        lane, plan = result.lane, result.lane.plan
+        measured = None
+        if result.memory is not None:
+            timed = result.bench
+            speeds = bench.decode_tps(timed) if timed else None
+            prefill = bench.prefill_tps(timed) if timed else None
+            first = None
+            if timed is not None and prefill is not None:
+                first = 1000 * self.profile.workload.prompt_tokens / prefill.median
+            measured = Measured(
+                on=shop.device_name if self.target.local else f"{shop.device_name} (not the target)",
+                decode_tps=speeds.median if speeds else None,
+                decode_tps_stdev=speeds.stdev if speeds else None,
+                prefill_tps=prefill.median if prefill else None,
+                first_token_ms=first,
+                peak_memory_bytes=result.memory.peak_bytes + self.target.runtime_overhead_bytes,
+                load_s=result.memory.load_ns / 1e9,
+                flags=result.memory.flags,
+            )
+        summary = None
+        if result.quality is not None:
+            q = result.quality
+            summary = QualitySummary(
+                kl=q.kl,
+                kl_stderr=q.kl_stderr,
+                perplexity=q.perplexity,
+                perplexity_stderr=q.perplexity_stderr,
+                agreement=q.agreement,
+                tokens=q.tokens,
+                text=q.text,
+            )
+        price = lane.cost
+        dense = not plan.kept
+        return Candidate(
+            id=lane.id,
+            plan=plan.id,
+            ratio=plan.ratio,
+            ratio_all=plan.ratio_all,
+            metric=None if dense else plan.metric,
+            allocator=None if dense else plan.allocator,
+            quantization=lane.quantization,
+            uniform=plan.uniform,
+            artifact=result.artifact,
+            predicted=Predicted(
+                file_bytes=price.file_bytes,
+                peak_memory_bytes=price.peak_bytes,
+                decode_tps=price.decode_tps,
+                decode_tps_low=price.decode_tps_low,
+                decode_tps_high=price.decode_tps_high,
+                flags=price.flags,
+            ),
+            measured=measured,
+            quality=summary,
+            verify=result.verify,
+            meets={},
+            error=result.error,
+            reason=lane.why,
+            key=make_key("candidate", plan.key, lane.quantization),
+        )
+
+    def _tie(self, shop: lanes.Workshop, results: list[lanes.LaneResult]) -> selection.Tie:
+        by_id = {r.lane.id: r.quality for r in results if r.quality is not None}
+        arrays: dict[str, np.ndarray] = {}
+
+        def per_token(name: str) -> np.ndarray:
+            if name not in arrays:
+                arrays[name] = load_file(shop.kl_arrays(by_id[name]))["kl"]
+            return arrays[name]
+
+        return lambda a, b: quality.paired_difference(per_token(a), per_token(b)).tie
+
+
+def local_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_name() -> str:
+    return local.environment().cpu

@@ -1,0 +1,155 @@
+"""Open the parent model: a Hugging Face folder as it is, a GGUF file dequantized to one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune import checkpoint, rundir, surgery, tokenizer
+from edgeprune import graph as graphs
+from edgeprune.costs.gguf_header import KeyValue, read_header
+from edgeprune.errors import ConfigError
+from edgeprune.families.base import Family
+from edgeprune.gguf_source import GgufSource
+from edgeprune.records import Artifact, ModelGraph, make_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """An opened parent. `given` is the user's own GGUF file, which can be shipped as it is."""
+
+    name: str
+    folder: Path
+    source: checkpoint.SafetensorsSource
+    graph: ModelGraph
+    family: Family
+    tokenizer_kvs: Sequence[KeyValue]
+    license_name: str | None
+    given: Path | None
+    given_quantization: str | None
+    key: str
+
+
+class _AsF16:
+    """A GGUF source whose tensors come out as F16, the reference precision of a quantized parent."""
+
+    def __init__(self, source: GgufSource, fingerprint: str) -> None:
+        self._source = source
+        self.fingerprint = fingerprint
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._source.config
+
+    def tensor(self, name: str) -> torch.Tensor:
+        value = checkpoint.finite(torch.from_numpy(self._source.tensor(name)), name).half()
+        if not bool(torch.isfinite(value).all()):
+            raise ConfigError(f"tensor {name} holds values beyond F16", "use the model's safetensors instead")
+        return value
+
+
+def license_of(folder: Path) -> str | None:
+    """SPDX id from a model card's front matter, when there is one."""
+    card = folder / "README.md"
+    if card.is_file() and card.stat().st_size < 1 << 20:
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines and lines[0].strip() == "---":
+            for line in lines[1:200]:
+                if line.strip() == "---":
+                    break
+                if line.startswith("license:"):
+                    return line.split(":", 1)[1].strip().strip("'\"") or None
+    return None
+
+
+def import_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF parent as a Hugging Face folder: F16 safetensors, config and tokenizer."""
+    source = GgufSource(path)
+    graph = graphs.build(source.config)
+    plain = _AsF16(source, "")
+    staging = folder.with_name(f".{folder.name}.import.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        surgery.save(staging, plain, graph.shapes)
+        if source.tokenizer_kvs:
+            tokenizer.write_hf(source.tokenizer_kvs, staging)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def open_folder(folder: Path, *, name: str | None = None, key: str | None = None) -> Parent:
+    """Open a Hugging Face folder. Raises ConfigError or UnsupportedModelError."""
+    source = checkpoint.SafetensorsSource(folder)
+    graph = graphs.build(source.config)
+    source.check(graph)
+    return Parent(
+        name=name or folder.resolve().name,
+        folder=folder,
+        source=source,
+        graph=graph,
+        family=graphs.find_family(graph.dims.family),
+        tokenizer_kvs=tokenizer.kvs_from_hf(folder),
+        license_name=license_of(folder),
+        given=None,
+        given_quantization=None,
+        key=key or make_key("parent", source.fingerprint),
+    )
+
+
+def given_type(path: Path, label: str | None = None) -> str:
+    """What a user's GGUF calls itself: the type that most weight bytes have."""
+    totals: dict[str, int] = {}
+    for tensor in read_header(path).tensors:
+        totals[tensor.type.name] = totals.get(tensor.type.name, 0) + tensor.n_bytes
+    return max(totals, key=lambda t: totals[t])
+
+
+def open_parent(model: str | None, run: rundir.RunDir) -> Parent:
+    """Resolve `--model` and make it readable. A GGUF file is imported once into the run folder."""
+    path = checkpoint.resolve_model(model)
+    if path.is_dir():
+        label = model if model and not Path(model).exists() else None
+        return open_folder(path, name=label)
+    source = GgufSource(path)
+    graphs.build(source.config)  # refuse an unsupported family before writing anything
+    sha256 = rundir.sha256_file(path)
+    key = make_key("import", sha256)
+    relative = f"artifacts/parent-{key[:8]}"
+    folder = run.path(relative)
+
+    def compute() -> Artifact:
+        import_gguf(path, folder)
+        files = [f for f in folder.iterdir() if f.suffix == ".safetensors"]
+        return Artifact(
+            path=relative,
+            format="hf",
+            quantization="F16",
+            bytes=sum(f.stat().st_size for f in files),
+            sha256=rundir.sha256_file(files[0]),
+            made_from=sha256,
+            key=key,
+        )
+
+    run.stage(Artifact, key, compute, name="import", valid=lambda a: run.path(a.path).is_dir(), kind="parent")
+    general = source.general
+    opened = checkpoint.SafetensorsSource(folder)
+    graph = graphs.build(opened.config)
+    return Parent(
+        name=str(general.get("general.name") or path.stem),
+        folder=folder,
+        source=opened,
+        graph=graph,
+        family=graphs.find_family(graph.dims.family),
+        tokenizer_kvs=source.tokenizer_kvs,
+        license_name=str(general["general.license"]) if general.get("general.license") else None,
+        given=path,
+        given_quantization=given_type(path),
+        key=key,
+    )

@@ -1,0 +1,115 @@
+"""The report as a table for the terminal. Plain text on a pipe, colour where the terminal has it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edgeprune.units import format_bytes
+
+_WIDTH = 120
+
+
+def render_table(report: Mapping[str, Any]) -> str:
+    """The answer first, then what was measured, then how to run it."""
+    out = io.StringIO()
+    console = Console(file=out, width=_WIDTH, force_terminal=False, highlight=False, soft_wrap=False)
+    console.print(report["headline"], soft_wrap=True)
+    model, target, profile = report["model"], report["target"], report["profile"]
+    workload = profile["workload"]
+    console.print(
+        f"{model['id']} ({model['parameters'] / 1e6:.0f}M parameters, {model['decoder_parameters'] / 1e6:.0f}M of "
+        f"them in the decoder layers) for {target['name']}, profile {profile['name']} "
+        f"(context {workload['context_tokens']} tokens)",
+        soft_wrap=True,
+    )
+    for name, limit in report["budget"].items():
+        shown = (
+            format_bytes(limit["value"])
+            if limit["unit"] == "bytes"
+            else f"{limit['value']:g} {limit['unit']}"
+        )
+        console.print(f"limit {name.replace('_', ' ')}: {shown} (from {limit['from']})", soft_wrap=True)
+    measured = [c for c in report["candidates"] if c["measured"] is not None or c["error"] is not None]
+    if measured:
+        console.print()
+        console.print(_table(measured, report), soft_wrap=False)
+        console.print(_footnotes(report), soft_wrap=True)
+    skipped = len(report["candidates"]) - len(measured)
+    if skipped:
+        console.print(
+            f"{skipped} more candidates were planned and not measured; report.json gives each one's reason.",
+            soft_wrap=True,
+        )
+    if report["launch"]:
+        console.print()
+        console.print("run it:", report["launch"], soft_wrap=True)
+    return out.getvalue().rstrip("\n")
+
+
+def _mark(report: Mapping[str, Any], candidate: Mapping[str, Any]) -> str:
+    if candidate["id"] == report["selected"]:
+        return ">"
+    return "=" if candidate["id"] in report["ties"] else ""
+
+
+def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    table.add_column("candidate", no_wrap=True)
+    for head in ("pruned", "file", "memory", "memory", "decode", "decode", "KL", "perplexity", "limits"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_row(
+        "",
+        "",
+        "% decoder",
+        "MB",
+        "MB pred.",
+        "MB meas.",
+        "t/s pred.",
+        "t/s meas.",
+        "nats/token",
+        "",
+        "",
+        style="dim",
+    )
+    for c in rows:
+        p, m, q = c["predicted"], c["measured"], c["quality"]
+        missed = [name for name, ok in c["meets"].items() if not ok]
+        limits = "failed" if c["error"] else "misses " + ", ".join(missed) if missed else "met"
+        size = c["artifact"]["bytes"] if c["artifact"] else p["file_bytes"]
+        table.add_row(
+            _mark(report, c),
+            c["id"],
+            f"{100 * c['ratio']:.1f}",
+            f"{size / 1e6:.1f}",
+            f"{p['peak_memory_bytes'] / 1e6:.0f}",
+            "-" if not m or m["peak_memory_bytes"] is None else f"{m['peak_memory_bytes'] / 1e6:.0f}",
+            "-" if p["decode_tps"] is None else f"{p['decode_tps_low']:.0f}-{p['decode_tps_high']:.0f}",
+            "-" if not m or m["decode_tps"] is None else f"{m['decode_tps']:.1f}±{m['decode_tps_stdev']:.1f}",
+            "-" if not q else f"{q['kl']:.4f}±{q['kl_stderr']:.4f}",
+            "-" if not q else f"{q['perplexity']:.2f}±{q['perplexity_stderr']:.2f}",
+            limits,
+        )
+    return table
+
+
+def _footnotes(report: Mapping[str, Any]) -> str:
+    lines = ["> selected, = quality cannot be told from it; pred. predicted, meas. measured"]
+    evaluation = report["evaluation"]
+    if evaluation:
+        lines.append(
+            f"KL to the dense F16 parent and perplexity on {evaluation['n_samples']} x {evaluation['n_tokens']} "
+            f"held-out tokens, {evaluation['origin']} (seed {evaluation['seed']}); "
+            f"the dense F16 parent's own perplexity is {report['dense_perplexity']:.2f}"
+        )
+    if not report["target"]["local"]:
+        lines.append(
+            f"speed on {report['target']['name']} is predicted (80% band); memory was measured on this machine, "
+            "not on the board"
+        )
+    return "\n".join(lines)
