@@ -24,7 +24,7 @@ import numpy as np
 from edgeprune import __version__
 from edgeprune.costs import gguf_types
 from edgeprune.costs.gguf_header import read_header
-from edgeprune.costs.memory import predict_peak_memory, repacked
+from edgeprune.costs.memory import StoredTensor, predict_peak_memory, repacked
 from edgeprune.devices import local
 from edgeprune.records import LaunchFlags, LayerShape, ModelDims
 from edgeprune.runtimes import llama_cpp
@@ -227,11 +227,12 @@ def measure(name: str, kind: str, path: Path, flags: LaunchFlags, isa: tuple[str
     """One row: predicted, measured, ratio."""
     dims, tokenizer = dims_of(path)
     tensors = read_header(path).tensors
+    stored = [StoredTensor(name=t.name, type=t.type.name, shape=t.shape, bytes=t.n_bytes) for t in tensors]
     predicted = predict_peak_memory(
         dims,
         weight_bytes=sum(t.n_bytes for t in tensors),
         flags=flags,
-        repacked=repacked([(t.name, t.type.name, t.shape) for t in tensors], isa),
+        repacked=repacked(stored, isa),
         tokenizer=tokenizer,
     )
     measured = llama_cpp.memory(path, flags=flags, threads=2).peak_bytes

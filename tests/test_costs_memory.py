@@ -68,16 +68,19 @@ def test_repacked_types_follow_the_instruction_set() -> None:
 
 
 def test_repacked_copies_matrices_only_and_a_tied_head_twice() -> None:
+    def stored(name: str, kind: str, rows: int, size: int) -> memory.StoredTensor:
+        return memory.StoredTensor(name=name, type=kind, shape=(rows, 32), bytes=size)
+
     tensors = [
-        ("token_embd.weight", "Q4_0", (64, 32)),  # 64 rows of 18 bytes = 1152
-        ("blk.0.ffn_up.weight", "Q4_0", (16, 32)),  # 288
-        ("blk.0.attn_k.weight", "Q4_0", (12, 32)),  # 12 rows are no multiple of 8
-        ("blk.0.attn_v.weight", "Q8_0", (16, 32)),
-        ("blk.0.attn_norm.weight", "F32", (32,)),
+        stored("token_embd.weight", "Q4_0", 64, 1152),
+        stored("blk.0.ffn_up.weight", "Q4_0", 16, 288),
+        stored("blk.0.attn_k.weight", "Q4_0", 12, 216),  # 12 rows are no multiple of 8
+        stored("blk.0.attn_v.weight", "Q8_0", 16, 544),
+        memory.StoredTensor(name="blk.0.attn_norm.weight", type="F32", shape=(32,), bytes=128),
     ]
     tied = memory.repacked(tensors, ["avx2"])
     assert (tied.copied_bytes, tied.tied_bytes) == (1152 + 288, 1152)
-    untied = memory.repacked([*tensors, ("output.weight", "Q4_0", (64, 32))], ["avx2"])
+    untied = memory.repacked([*tensors, stored("output.weight", "Q4_0", 64, 1152)], ["avx2"])
     assert (untied.copied_bytes, untied.tied_bytes) == (288 + 1152, 0)
     assert memory.repacked(tensors, []) == memory.Repacked(copied_bytes=0, tied_bytes=0)
 

@@ -15,10 +15,11 @@ pytest.importorskip("safetensors")
 
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from edgeprune import quality  # noqa: E402
+from edgeprune import bench, quality  # noqa: E402
 from edgeprune.costs.gguf_header import read_header  # noqa: E402
+from edgeprune.devices import local  # noqa: E402
 from edgeprune.errors import ConfigError, StageError  # noqa: E402
-from edgeprune.records import LaunchFlags  # noqa: E402
+from edgeprune.records import BenchProtocol, LaunchFlags  # noqa: E402
 from edgeprune.runtimes import llama_cpp  # noqa: E402
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS = 96, 64, 4, 2, 16, 96, 2
@@ -120,9 +121,22 @@ def test_memory_fills_the_whole_context_and_counts_the_cache(parent: Path) -> No
     assert short.peak_bytes > parent.stat().st_size
     long = llama_cpp.memory(parent, flags=dataclasses.replace(FLAGS, context_tokens=4096, kv_type="f32"))
     assert long.tokens_filled == 4096
-    # 2 * 4096 tokens * 2 layers * 2 heads * 16 * 4 bytes = 2.1 MB; tables of cells and of the batch come on top
+    # 2 * 4096 tokens * 2 layers * 2 heads * 16 * 4 bytes = 2.1 MB; tables of cells come on top
     cache = 2 * 4096 * LAYERS * KV_HEADS * HEAD_DIM * 4
     assert cache < long.peak_bytes - short.peak_bytes < cache + 6_000_000
+
+
+def test_records_of_a_measured_file(parent: Path) -> None:
+    protocol = BenchProtocol(prompt_tokens=16, new_tokens=4, repeats=2)
+    common = {"sha256": "ab", "flags": FLAGS, "device_name": "here", "key": "k"}
+    timed = bench.bench_artifact(parent, protocol=protocol, threads=None, **common)
+    assert (timed.device, timed.runtime, timed.artifact_sha256) == ("here", "llama-cpp", "ab")
+    assert len(timed.prefill_ns) == len(timed.decode_ns) == 2
+    assert str(timed.n_threads) in timed.thread_sweep
+    assert timed.environment.n_cpus == local.available_threads()
+    pp, tg = bench.to_llama_bench(timed, model_filename=parent.name)
+    assert (pp["n_prompt"], tg["n_gen"], pp["model_n_params"]) == (16, 4, timed.model_params)
+    assert bench.measure_memory(parent, **common).tokens_filled == 64
 
 
 # ---------------------------------------------------------------- logits and quality
