@@ -30,7 +30,7 @@ KV_ELEMENT_BYTES = {
 }
 
 # code pages of the library, an empty graph and the scheduler's tables
-_FIXED_BYTES = 4.6e6
+_FIXED_BYTES = 4.0e6
 # graph nodes and tensor headers of one layer
 _LAYER_BYTES = 0.11e6
 # cell tables of the cache, and the batch that carries the prompt
@@ -39,7 +39,7 @@ _CONTEXT_TOKEN_BYTES = 290
 _VOCAB_BYTES = 51
 # look-up tables of a tokenizer per token (merges included), and its character tables
 _TOKENIZER_TOKEN_BYTES = {"bpe": 230, "spm": 110, "none": 0}
-_TOKENIZER_FIXED_BYTES = {"bpe": 2.9e6, "spm": 1.2e6, "none": 0.0}
+_TOKENIZER_FIXED_BYTES = {"bpe": 2.9e6, "spm": 0.9e6, "none": 0.0}
 
 # type -> rows must be a multiple of this, per instruction set; from ggml's CPU repacking rules
 _REPACK = {
@@ -121,7 +121,7 @@ def compute_bytes(dims: ModelDims, flags: LaunchFlags) -> int:
     product in float32 and its 2-byte form: 14 bytes a channel, with the residual and its norm), and in
     attention (residual, q before and after rotation, output; k and v). Beside either lies the mask, two
     bytes per micro-batch token and context token. The last layer's FFN sees one token only.
-    Without flash attention the scores of all heads come on top, twice in float32.
+    Without flash attention the scores of all heads come on top, in float32 and their 2-byte form.
     """
     u = min(flags.ubatch, flags.context_tokens)
     hidden, head = dims.hidden, dims.head_dim
@@ -137,7 +137,7 @@ def compute_bytes(dims: ModelDims, flags: LaunchFlags) -> int:
     mask = 2 * flags.context_tokens
     scores = 0
     if not flags.flash_attention:
-        scores = 8 * flags.context_tokens * max((layer.n_heads for layer in dims.layers), default=0)
+        scores = 6 * flags.context_tokens * max((layer.n_heads for layer in dims.layers), default=0)
     return u * (max(ffn, attention + scores) + mask)
 
 
