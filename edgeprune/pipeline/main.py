@@ -18,8 +18,8 @@ from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.exporters import gguf
+from edgeprune.pipeline import costing, prepare
 from edgeprune.pipeline import lane as lanes
-from edgeprune.pipeline import prepare
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import Lane
 from edgeprune.progress import Progress
@@ -210,7 +210,9 @@ class _Job:
             seed=options.seed,
             progress=self.progress,
         )
-        constraints = prepare.widest_constraints(gguf.constraints, self.parent, self.quantizations)
+        constraints = costing.widest_constraints(
+            gguf.constraints, self.parent.family, self.parent.graph.dims, self.quantizations
+        )
         space = planner.PlanSpace(
             graph=self.parent.graph,
             scores=scores,
@@ -220,7 +222,7 @@ class _Job:
             scores_key=scores_record.key,
         )
         cost = self._cost_model()
-        ladder = prepare.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
+        ladder = costing.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
         most = options.max_candidates or recipe.max_measured
         given = self._given_lane(ladder.plans[0], cost)
         planned = planner.lanes(
@@ -262,9 +264,9 @@ class _Job:
         }
         return candidates, chosen, context
 
-    def _cost_model(self) -> prepare.CostModel:
+    def _cost_model(self) -> costing.CostModel:
         parent = self.parent
-        return prepare.CostModel(
+        return costing.CostModel(
             files=gguf.FileCost(
                 parent.family,
                 parent.source.config,
@@ -276,16 +278,16 @@ class _Job:
             target=self.target,
             budget=self.budget,
             workload=self.profile.workload,
-            speed=prepare.speed_of(self.target, self.options.mode),
-            tokenizer=prepare.tokenizer_kind(parent),
+            speed=costing.speed_of(self.target, self.options.mode),
+            tokenizer=costing.tokenizer_kind(parent.tokenizer_kvs),
         )
 
-    def _given_lane(self, dense: Any, cost: prepare.CostModel) -> Lane | None:
+    def _given_lane(self, dense: Any, cost: costing.CostModel) -> Lane | None:
         """The user's own quantized file is what they would ship without us: always a candidate."""
         parent = self.parent
         if parent.given is None or parent.given_quantization in ("F16", "F32", None):
             return None
-        tensors = prepare.stored_tensors(parent.given)
+        tensors = costing.stored_tensors(parent.given)
         price = cost.price(parent.graph.dims, parent.given.stat().st_size, tensors)
         return Lane(
             plan=dense,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from edgeprune import checkpoint, rundir, surgery, tokenizer
+from edgeprune import checkpoint, locate, rundir, surgery, tokenizer
 from edgeprune import graph as graphs
 from edgeprune.costs.gguf_header import KeyValue, read_header
 from edgeprune.errors import ConfigError
@@ -113,7 +113,7 @@ def given_type(path: Path, label: str | None = None) -> str:
 
 def open_parent(model: str | None, run: rundir.RunDir) -> Parent:
     """Resolve `--model` and make it readable. A GGUF file is imported once into the run folder."""
-    path = checkpoint.resolve_model(model)
+    path = locate.resolve_model(model)
     if path.is_dir():
         label = model if model and not Path(model).exists() else None
         return open_folder(path, name=label)

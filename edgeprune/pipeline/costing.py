@@ -1,0 +1,168 @@
+"""What a plan costs before it is made: exact bytes, predicted memory and speed. Arithmetic, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edgeprune import planner
+from edgeprune.costs import memory as memory_costs
+from edgeprune.costs import speed as speed_costs
+from edgeprune.costs.gguf_header import KeyValue, read_header
+from edgeprune.exporters.gguf import FileCost
+from edgeprune.families.base import Family
+from edgeprune.planner import Cost
+from edgeprune.records import (
+    Budget,
+    Constraints,
+    DeviceTarget,
+    LaunchFlags,
+    ModelDims,
+    SpeedModel,
+    Workload,
+)
+
+# plans are made to fit this share of a limit, because the prediction is not the measurement
+HEADROOM = 0.97
+UBATCHES = (512, 256, 128, 64, 32)
+KV_TYPES = ("f16", "q8_0")  # best quality first; a q8_0 cache costs far less than pruning
+
+
+def speed_of(target: DeviceTarget, mode: str | None) -> SpeedModel | None:
+    """The target's speed model for llama.cpp in a power mode (the default one when None)."""
+    wanted = mode if mode is not None else target.default_mode
+    rows = [s for s in target.speeds if s.runtime == "llama-cpp"]
+    for row in rows:
+        if wanted and row.mode == wanted:
+            return row
+    return rows[0] if rows else None
+
+
+@dataclasses.dataclass(slots=True)
+class CostModel:
+    """Predicted bytes and speed of (dims, quantization), with the mildest launch flags that fit."""
+
+    files: FileCost
+    target: DeviceTarget
+    budget: Budget
+    workload: Workload
+    speed: SpeedModel | None
+    tokenizer: str
+    _cache: dict[tuple[ModelDims, str], Cost] = dataclasses.field(default_factory=dict)
+
+    def flag_choices(self) -> list[LaunchFlags]:
+        """From the most comfortable to the leanest."""
+        context = self.workload.context_tokens
+        return [
+            LaunchFlags(context_tokens=context, ubatch=u, kv_type=kv, mmap=False)
+            for kv in KV_TYPES
+            for u in UBATCHES
+            if u <= context
+        ]
+
+    def stored(self, dims: ModelDims, quantization: str) -> list[memory_costs.StoredTensor]:
+        return [
+            memory_costs.StoredTensor(name=n, type=t, shape=s, bytes=b)
+            for n, s, t, b in self.files.tensors(dims, quantization)
+        ]
+
+    def __call__(self, dims: ModelDims, quantization: str) -> Cost:
+        found = self._cache.get((dims, quantization))
+        if found is None:
+            found = self.price(
+                dims, self.files.file_bytes(dims, quantization), self.stored(dims, quantization)
+            )
+            self._cache[dims, quantization] = found
+        return found
+
+    def price(self, dims: ModelDims, file_bytes: int, tensors: list[memory_costs.StoredTensor]) -> Cost:
+        """Cost of a file with these tensors; flags are the first choice that fits, else the leanest."""
+        weights = sum(t.bytes for t in tensors)
+        read = sum(t.bytes for t in tensors if dims.tied or t.name != "token_embd.weight")
+        repacked = memory_costs.repacked(tensors, self.target.isa)
+        limit = self.budget.memory_bytes.value * HEADROOM
+        peak, flags = 0, self.flag_choices()[0]
+        for flags in self.flag_choices():
+            peak = memory_costs.predict_peak_memory(
+                dims,
+                weight_bytes=weights,
+                flags=flags,
+                repacked=repacked,
+                tokenizer=self.tokenizer,
+                overhead_bytes=self.target.runtime_overhead_bytes,
+            )
+            if peak <= limit:
+                break
+        tps = low = high = None
+        if self.speed is not None:
+            tps, low, high = speed_costs.predict_decode(
+                dims,
+                read_bytes=read,
+                flags=flags,
+                context_tokens=self.workload.prompt_tokens,
+                speed=self.speed,
+            )
+        misses = []
+        if peak > limit:
+            misses.append("memory")
+        if self.budget.file_bytes is not None and file_bytes > self.budget.file_bytes.value:
+            misses.append("file")
+        if self.budget.decode_tps is not None and high is not None and high < self.budget.decode_tps.value:
+            misses.append("decode speed")  # even the optimistic end of the band is too slow
+        return Cost(
+            file_bytes=file_bytes,
+            peak_bytes=peak,
+            decode_tps=tps,
+            decode_tps_low=low,
+            decode_tps_high=high,
+            flags=flags,
+            fits=not misses,
+            misses=tuple(misses),
+        )
+
+
+def tokenizer_kind(kvs: Sequence[KeyValue]) -> str:
+    """How the memory model calls a tokenizer: bpe, spm or none."""
+    models = {kv.key: kv.value for kv in kvs}
+    kind = models.get("tokenizer.ggml.model")
+    kind = kind.decode() if isinstance(kind, bytes) else kind
+    return {"gpt2": "bpe", "llama": "spm"}.get(str(kind), "none")
+
+
+def widest_constraints(
+    constraints_of: Callable[[Family, ModelDims, str], Constraints],
+    family: Family,
+    dims: ModelDims,
+    quantizations: Sequence[str],
+) -> Constraints:
+    """Constraints under which every allowed quantization loads without falling back."""
+    all_of = [constraints_of(family, dims, q) for q in quantizations]
+    return max(all_of, key=lambda c: (c.ffn.multiple_of, c.kv.multiple_of))
+
+
+def plan_ladder(
+    space: planner.PlanSpace,
+    allocators: tuple[str, ...],
+    ratios: tuple[float, ...],
+    quantizations: tuple[str, ...],
+    cost: planner.CostOf,
+) -> planner.PlanLadder:
+    """The profile's rungs, and for each quantization the plan that removes least and fits."""
+    top = planner.highest_ratio(space)
+    plans = []
+    for allocator in allocators:
+        plans += [planner.plan_ratio(space, allocator, r) for r in ratios if r <= top]
+        for quantization in quantizations:
+            plan = planner.weakest_fit(space, allocator, quantization, cost)
+            if plan is not None:
+                plans.append(plan)
+    return planner.ladder(plans, space)
+
+
+def stored_tensors(path: Path) -> list[memory_costs.StoredTensor]:
+    """Tensors of a GGUF file as the memory model wants them."""
+    return [
+        memory_costs.StoredTensor(name=t.name, type=t.type.name, shape=t.shape, bytes=t.n_bytes)
+        for t in read_header(path).tensors
+    ]
