@@ -154,7 +154,7 @@ def skeleton(config: dict[str, Any], dims: ModelDims) -> nn.Module:
     base = hf_config(config)
     family = graphs.find_family(dims.family)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base, torch_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(base, dtype=torch.float32)
         layers = model.get_decoder().layers
         layer_class = type(layers[0])
         for index, shape in enumerate(dims.layers):

@@ -155,3 +155,22 @@ def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], graph: Mo
     if problems:
         more = [f"… and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise ConfigError(problems[:5] + more, "config.json and the weights do not belong together")
+
+
+def gguf_labels(general: Mapping[str, str], path: Path) -> tuple[str, str | None]:
+    """(name, licence) of a GGUF file; the file's name, because `general.name` is often a training run's."""
+    return path.stem, general.get("license") or None
+
+
+def license_of(folder: Path) -> str | None:
+    """SPDX id from a model card's front matter, when there is one."""
+    card = folder / "README.md"
+    if card.is_file() and card.stat().st_size < 1 << 20:
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines and lines[0].strip() == "---":
+            for line in lines[1:200]:
+                if line.strip() == "---":
+                    break
+                if line.startswith("license:"):
+                    return line.split(":", 1)[1].strip().strip("'\"") or None
+    return None

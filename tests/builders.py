@@ -146,6 +146,33 @@ def uneven_llama(
     return save_model(*uneven_model(layers, seed=seed, **over), tmp_path)
 
 
+def tiny_tokenizer(folder: Path, vocab: int) -> None:
+    """A byte-level BPE of `vocab` tokens at most, split as GPT-2 does, with three special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tok.train_from_iterator(["the quick brown fox jumps over the lazy dog again and again"] * 4, trainer)
+    tok.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def tiny_model_with_tokenizer(tmp_path: Path, *, seed: int = 0, **over: Any) -> Path:
+    """A stock tiny Llama of 300 tokens with a tokenizer beside it: complete, as if from the hub."""
+    over.setdefault("vocab", 300)
+    tiny_llama(tmp_path, seed=seed, **over)
+    tiny_tokenizer(tmp_path, over["vocab"])
+    return tmp_path
+
+
 def logits(model: torch.nn.Module, tokens: Sequence[int]) -> np.ndarray:
     """[n_tokens, vocab] float32."""
     with torch.no_grad():

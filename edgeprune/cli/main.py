@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from edgeprune import __version__, registry
+from edgeprune.cli._options import metric_option_option
 from edgeprune.errors import ConfigError, EdgepruneError
 from edgeprune.units import parse_bytes
 
@@ -89,6 +90,7 @@ class _Verbs(click.Group):
 @click.option("--min-tps", type=float, metavar="X", help="Slowest decode allowed, tokens per second.")
 @click.option("--max-kl", type=float, metavar="X", help="Largest KL to the dense model, nats per token.")
 @click.option("--metric", metavar="NAME", help="Importance metric. Default: the profile's.")
+@metric_option_option
 @click.option(
     "--calibration",
     metavar="FILE|DATASET",
@@ -158,6 +160,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         min_tps=given["min_tps"],
         max_kl=given["max_kl"],
         metric=given["metric"],
+        metric_options=given["metric_options"],
         calibration=given["calibration"],
         eval_text=given["eval_text"],
         seed=given["seed"],

@@ -53,20 +53,6 @@ class _AsF16:
         return value
 
 
-def license_of(folder: Path) -> str | None:
-    """SPDX id from a model card's front matter, when there is one."""
-    card = folder / "README.md"
-    if card.is_file() and card.stat().st_size < 1 << 20:
-        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-        if lines and lines[0].strip() == "---":
-            for line in lines[1:200]:
-                if line.strip() == "---":
-                    break
-                if line.startswith("license:"):
-                    return line.split(":", 1)[1].strip().strip("'\"") or None
-    return None
-
-
 def import_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF parent as a Hugging Face folder: F16 safetensors, config and tokenizer."""
     source = GgufSource(path)
@@ -96,7 +82,7 @@ def open_folder(folder: Path, *, name: str | None = None, key: str | None = None
         graph=graph,
         family=graphs.find_family(graph.dims.family),
         tokenizer_kvs=tokenizer.kvs_from_hf(folder),
-        license_name=license_of(folder),
+        license_name=locate.license_of(folder),
         given=None,
         given_quantization=None,
         key=key or make_key("parent", source.fingerprint),
@@ -138,17 +124,17 @@ def open_parent(model: str | None, run: rundir.RunDir) -> Parent:
         )
 
     run.stage(Artifact, key, compute, name="import", valid=lambda a: run.path(a.path).is_dir(), kind="parent")
-    general = source.general
+    label, license_name = locate.gguf_labels(source.general, path)
     opened = checkpoint.SafetensorsSource(folder)
     graph = graphs.build(opened.config)
     return Parent(
-        name=str(general.get("general.name") or path.stem),
+        name=label,
         folder=folder,
         source=opened,
         graph=graph,
         family=graphs.find_family(graph.dims.family),
         tokenizer_kvs=source.tokenizer_kvs,
-        license_name=str(general["general.license"]) if general.get("general.license") else None,
+        license_name=license_name,
         given=path,
         given_quantization=given_type(path),
         key=key,

@@ -1,0 +1,124 @@
+"""Options that several verbs share, as decorators; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name or not value:
+            raise click.BadParameter(f"'{text}' is not KEY=VALUE, such as form=C.", ctx, param)
+        if name in out:
+            raise click.BadParameter(f"'{name}' is given twice.", ctx, param)
+        out[name] = value
+    return out
+
+
+def model_argument(command: F) -> F:
+    """Add the argument `model`: a folder, a hub id or a GGUF file; None is the default model."""
+    return click.argument("model", metavar="[MODEL]", required=False)(command)
+
+
+def metric_option_option(command: F) -> F:
+    """Add `--metric-option KEY=VALUE`, repeatable, as the dict `metric_options`."""
+    return click.option(
+        "--metric-option",
+        "metric_options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_pairs,
+        help="Switch of the metric, such as form=C; may be repeated.",
+    )(command)
+
+
+def calibration_options(command: F) -> F:
+    """Add --calibration, --samples, --length and --seed."""
+    for decorate in (
+        click.option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
+        ),
+        click.option(
+            "--length",
+            type=click.IntRange(min=2),
+            default=128,
+            show_default=True,
+            metavar="T",
+            help="Tokens of each sample.",
+        ),
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            default=32,
+            show_default=True,
+            metavar="N",
+            help="Calibration samples.",
+        ),
+        click.option(
+            "--calibration",
+            metavar="FILE|DATASET",
+            help="Calibration text. Default: sampled from the model itself.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def cut_options(command: F) -> F:
+    """Add --allocator, --protect-first, --protect-last and --width-multiple."""
+    for decorate in (
+        click.option(
+            "--width-multiple",
+            type=click.IntRange(min=1),
+            default=32,
+            show_default=True,
+            metavar="N",
+            help="FFN widths are multiples of N.",
+        ),
+        click.option(
+            "--protect-last",
+            type=click.IntRange(min=0),
+            default=0,
+            metavar="N",
+            help="Leave the last N layers whole.",
+        ),
+        click.option(
+            "--protect-first",
+            type=click.IntRange(min=0),
+            default=0,
+            metavar="N",
+            help="Leave the first N layers whole.",
+        ),
+        click.option(
+            "--allocator",
+            metavar="NAME",
+            default="uniform",
+            show_default=True,
+            help="uniform: same widths in every layer; global: one threshold over all layers.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def out_option(metavar: str, text: str) -> Callable[[F], F]:
+    """Add the required `--out` with its own help."""
+    return click.option("--out", type=click.Path(path_type=Path), metavar=metavar, required=True, help=text)
+
+
+def given_on_command_line(ctx: click.Context, names: tuple[str, ...]) -> list[str]:
+    """Of these parameters, the option names that the user wrote."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return [
+        p.opts[0]
+        for p in ctx.command.params
+        if p.name in names and ctx.get_parameter_source(p.name) == source
+    ]

@@ -1,0 +1,43 @@
+"""How a plan is printed, by `plan` and `prune`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeprune.cli._output import echo_json, echo_pairs
+
+
+def echo_plan(figures: dict[str, Any], path: Path, form: str, *, asked: str | None = None) -> None:
+    """Print the figures of `light.describe_plan` and where the result lies.
+
+    `asked` says what was asked for when it was not a ratio.
+    """
+    if form == "json":
+        echo_json({**figures, "path": str(path)})
+        return
+    ratio, whole = figures["ratio"], figures["ratio_all"]
+    pairs = [
+        ("requested", asked or f"{100 * figures['requested_ratio']:.1f}% of decoder-layer parameters"),
+        ("reached", f"{100 * ratio:.1f}% of decoder-layer parameters, {100 * whole:.1f}% of all"),
+        ("parameters", f"{figures['parameters']:,} of {figures['parameters_before']:,}"),
+        ("KV groups", _widths(figures, 1)),
+        ("FFN width", _widths(figures, 2)),
+    ]
+    if figures["binding"]:
+        pairs.append(("held back by", figures["binding"]))
+    echo_pairs([*pairs, ("written to", str(path))])
+
+
+def _widths(figures: dict[str, Any], column: int) -> str:
+    after = [row[column] for row in figures["layers"]]
+    before = [row[column] for row in figures["layers_before"]]
+    if len(set(after)) == 1 and len(set(before)) == 1:
+        return f"{after[0]} of {before[0]} in each of {len(after)} layers"
+    return f"{_span(after)} of {_span(before)} by layer: {' '.join(map(str, after))}"
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,110 @@
+"""`edgeprune prune`: cut a model by hand, for research. The product's input is a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgeprune.cli._options import (
+    calibration_options,
+    cut_options,
+    given_on_command_line,
+    metric_option_option,
+    model_argument,
+    out_option,
+)
+from edgeprune.cli._output import format_option
+from edgeprune.errors import ConfigError
+
+# what a plan already says
+_DECIDED = (
+    "metric",
+    "metric_options",
+    "ratio",
+    "calibration",
+    "samples",
+    "length",
+    "seed",
+    "allocator",
+    "protect_first",
+    "protect_last",
+    "width_multiple",
+)
+
+
+@click.command()
+@model_argument
+@click.option("--metric", metavar="NAME", default="llm-bip", show_default=True, help="Importance metric.")
+@metric_option_option
+@click.option("--ratio", type=float, metavar="R", help="Share of decoder-layer parameters to remove.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="PLAN.json",
+    help="Instead: cut along a plan of 'edgeprune plan'.",
+)
+@cut_options
+@calibration_options
+@out_option("DIR", "New Hugging Face folder; an earlier result of this verb is replaced.")
+@format_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str | None,
+    metric: str,
+    metric_options: dict[str, str],
+    ratio: float | None,
+    plan_file: Path | None,
+    allocator: str,
+    protect_first: int,
+    protect_last: int,
+    width_multiple: int,
+    calibration: str | None,
+    samples: int,
+    length: int,
+    seed: int,
+    out: Path,
+    form: str,
+) -> None:
+    """Remove a share of MODEL's decoder layers and save what is left as a Hugging Face folder.
+
+    Any result loads with edgeprune.load; one with the same widths in every layer also with transformers.
+
+    \b
+    Examples:
+      edgeprune prune ./my-model --metric llm-bip --ratio 0.2 --out pruned
+      edgeprune prune ./my-model --plan plan.json --out pruned
+    """
+    if (ratio is None) == (plan_file is None):
+        raise ConfigError("give either --ratio or --plan", "--ratio 0.2, or --plan plan.json")
+    if plan_file is not None and (extra := given_on_command_line(ctx, _DECIDED)):
+        raise ConfigError(f"--plan already says what stays; leave out {', '.join(extra)}")
+
+    # help must not load torch
+    from edgeprune.cli._plans import echo_plan
+    from edgeprune.cli._progress import open_progress
+    from edgeprune.pipeline import light, stages
+
+    with open_progress() as progress:
+        if plan_file is not None:
+            made, before = stages.prune_to_plan(model, out, plan_file=plan_file, progress=progress)
+        else:
+            assert ratio is not None
+            made, before = stages.prune(
+                model,
+                out,
+                metric_name=metric,
+                metric_options=metric_options,
+                on=stages.Calibration(text=calibration, n_samples=samples, n_tokens=length, seed=seed),
+                cut=stages.Cut(
+                    ratio=ratio,
+                    allocator=allocator,
+                    width_multiple=width_multiple,
+                    protect_first=protect_first,
+                    protect_last=protect_last,
+                ),
+                progress=progress,
+            )
+    echo_plan(light.describe_plan(made, before), out, form)

@@ -1,0 +1,396 @@
+"""One stage at a time for research and scripts: score, prune, export. Plain values in, records out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune import calibration, checkpoint, data, planner, registry, rundir, surgery, tokenizer, verify
+from edgeprune.costs.gguf_types import FLOATS, check_quantization
+from edgeprune.devices import local
+from edgeprune.errors import ConfigError, StageError
+from edgeprune.exporters import gguf
+from edgeprune.metrics.base import Metric
+from edgeprune.pipeline import light, prepare
+from edgeprune.pipeline.parent import Parent, open_parent
+from edgeprune.planner import PlanSpace
+from edgeprune.progress import Progress
+from edgeprune.records import (
+    ImportanceScores,
+    LaunchFlags,
+    ModelGraph,
+    PrunePlan,
+    TokenSet,
+    dumps,
+    make_key,
+)
+from edgeprune.runtimes import llama_cpp
+
+PLAN_FILE = "edgeprune_plan.json"
+VERIFY_TOKENS = 256
+IMATRIX_WINDOWS = 32
+IMATRIX_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What text to calibrate on; `text` None: sampled from the model itself."""
+
+    text: str | None
+    n_samples: int
+    n_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A cut asked for by hand."""
+
+    ratio: float
+    allocator: str
+    width_multiple: int
+    protect_first: int
+    protect_last: int
+
+
+@contextlib.contextmanager
+def scratch(out: Path) -> Iterator[rundir.RunDir]:
+    """A run folder beside `out`, on its disk, that is gone afterwards."""
+    above = out.parent
+    while not above.exists():
+        above = above.parent
+    with rundir.friendly_disk_errors(out):
+        folder = tempfile.mkdtemp(prefix=".edgeprune-", dir=above)
+    try:
+        with rundir.RunDir(Path(folder)) as run:
+            yield run
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(made: Path, out: Path) -> None:
+    with rundir.friendly_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            shutil.rmtree(out)
+        os.replace(made, out)
+
+
+# ---------------------------------------------------------------- score
+
+
+def _scores(
+    run: rundir.RunDir,
+    parent: Parent,
+    metric: Metric,
+    options: dict[str, str],
+    on: Calibration,
+    progress: Progress,
+) -> tuple[TokenSet | None, ImportanceScores, dict[str, np.ndarray]]:
+    """Score every axis; a metric that needs no statistics is given none, and no text is made for it."""
+    if metric.needs(options):
+        tokens = prepare.Tokens(run, parent, progress)
+        chosen, windows = tokens.get(on.text, n_samples=on.n_samples, n_tokens=on.n_tokens, seed=on.seed)
+        tokens.close()
+        _, record, values = prepare.calibrate(
+            run, parent, metric, options, chosen, windows, seed=on.seed, progress=progress
+        )
+        return chosen, record, values
+    values = calibration.score(
+        metric, options, parent.source, parent.graph, {}, seed=on.seed, progress=progress
+    )
+    relative = "arrays/scores.safetensors"
+    record = ImportanceScores(
+        metric=metric.name,
+        options=options,
+        poolable=metric.poolable(options),
+        arrays=relative,
+        arrays_sha256=prepare.save_arrays(run, relative, values),
+        key=make_key("importance_scores", parent.key, metric.name, options, on.seed),
+    )
+    return None, record, values
+
+
+def score(
+    model: str | None,
+    out: Path,
+    *,
+    metric_name: str,
+    metric_options: Mapping[str, str],
+    on: Calibration,
+    progress: Progress,
+) -> light.ScoreFile:
+    """Score a model and write `out` (arrays by axis) and its record beside it.
+
+    Raises ConfigError for a bad metric, text or model.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out '{out}' must end in .safetensors")
+    for path in (out, light.record_path(out)):
+        if path.is_dir():
+            raise ConfigError(f"--out {path} is a folder")
+    metric, options = prepare.load_metric(metric_name, metric_options)
+    with scratch(out) as run:
+        parent = open_parent(model, run)
+        tokens, record, _ = _scores(run, parent, metric, options, on, progress)
+        made = light.ScoreFile(
+            model=parent.name,
+            graph_key=parent.graph.key,
+            seed=on.seed,
+            tokens=tokens,
+            scores=record,
+        )
+        with rundir.friendly_disk_errors(out):
+            rundir.write_text(light.record_path(out), dumps(made))
+            os.replace(run.path(record.arrays), out)
+    return made
+
+
+# ---------------------------------------------------------------- prune
+
+
+def _check_out_folder(out: Path, model: str | None) -> None:
+    """An existing folder is replaced only when it is empty or a model that edgeprune pruned."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out {out} is a file", "name a new folder")
+    if model is not None and out.resolve() == Path(model).resolve():
+        raise ConfigError(f"--out {out} is the model itself", "name a new folder")
+    if any(out.iterdir()) and not (out / PLAN_FILE).is_file():
+        raise ConfigError(
+            f"--out {out} exists and was not written by edgeprune prune", "name a new folder, or delete it"
+        )
+
+
+def prune(
+    model: str | None,
+    out: Path,
+    *,
+    metric_name: str,
+    metric_options: Mapping[str, str],
+    on: Calibration,
+    cut: Cut,
+    progress: Progress,
+) -> tuple[PrunePlan, ModelGraph]:
+    """Calibrate, score, plan and cut; `out` becomes a Hugging Face folder with its plan inside.
+
+    Returns the plan and the dense graph. Raises InfeasibleError with the highest reachable ratio.
+    """
+    out = out.absolute()
+    _check_out_folder(out, model)
+    metric, options = prepare.load_metric(metric_name, metric_options)
+    with scratch(out) as run:
+        parent = open_parent(model, run)
+        space = PlanSpace(
+            graph=parent.graph,
+            scores={},
+            poolable=metric.poolable(options),
+            constraints=light.hand_constraints(cut.width_multiple),
+            metric=metric.name,
+            protected=light.protected_layers(
+                len(parent.graph.dims.layers), cut.protect_first, cut.protect_last
+            ),
+        )
+        # what can be refused is refused before the slow part
+        planner.check_ratio(space, cut.allocator, cut.ratio)
+        _, record, values = _scores(run, parent, metric, options, on, progress)
+        scored = PlanSpace(
+            graph=space.graph,
+            scores=values,
+            poolable=record.poolable,
+            constraints=space.constraints,
+            metric=metric.name,
+            protected=space.protected,
+            scores_key=record.key,
+        )
+        plan = planner.plan_ratio(scored, cut.allocator, cut.ratio)
+        _cut(run, parent, plan, out, progress)
+        return plan, parent.graph
+
+
+def prune_to_plan(
+    model: str | None, out: Path, *, plan_file: Path, progress: Progress
+) -> tuple[PrunePlan, ModelGraph]:
+    """Cut a model along a saved plan. Raises ConfigError when the plan is another model's."""
+    out = out.absolute()
+    _check_out_folder(out, model)
+    with scratch(out) as run:
+        parent = open_parent(model, run)
+        plan = light.load_plan(plan_file, parent.graph)
+        _cut(run, parent, plan, out, progress)
+        return plan, parent.graph
+
+
+def _cut(run: rundir.RunDir, parent: Parent, plan: PrunePlan, out: Path, progress: Progress) -> None:
+    made = run.path("artifacts/pruned")
+    with progress.stage("cut"), rundir.friendly_disk_errors(out):
+        surgery.prune(parent.source, parent.graph, plan, made, extras=parent.folder)
+    _move(made, out)
+
+
+# ---------------------------------------------------------------- export
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """One exported file: bytes predicted and real, and how far its logits are from torch's."""
+
+    quantization: str
+    predicted_bytes: int
+    bytes: int
+    sha256: str
+    imatrix: bool
+    verified: verify.Comparison | None
+
+
+def export(
+    model: str | None,
+    out: Path,
+    *,
+    format_name: str,
+    quantization: str,
+    imatrix_text: str | None,
+    check: bool,
+    seed: int,
+    threads: int | None,
+    progress: Progress,
+) -> Exported:
+    """Write a model as one file, read it back and, with `check`, compare its logits with torch's.
+
+    A quantized file is made from an F16 one that had to agree with torch first. Raises StageError when
+    the file cannot be trusted; it is then not left behind.
+    """
+    exporter = registry.load("exporters", format_name, "EXPORTER")
+    check_quantization(quantization)
+    out = out.absolute()
+    _check_out_file(out, exporter.suffix)
+    threads = threads or local.available_threads()
+    with scratch(out) as run:
+        parent = open_parent(model, run)
+        imatrix = None
+        if imatrix_text is not None and quantization not in FLOATS:
+            imatrix = _imatrix(parent, imatrix_text, seed, progress)
+        job = _Export(run=run, parent=parent, exporter=exporter, threads=threads, progress=progress)
+        if check:
+            job.make_reference(seed)
+        name = f"out{exporter.suffix}"
+        master = None
+        # a BF16 file is made from F32, which the exporter writes for itself
+        if check and quantization not in FLOATS:
+            master, _, _ = job.make("F16", f"master{exporter.suffix}", None, None)
+        made, n_bytes, compared = job.make(quantization, name, master, imatrix)
+        predicted = exporter.file_cost(
+            parent.family,
+            parent.source.config,
+            parent.tokenizer_kvs,
+            name=parent.name,
+            license_name=parent.license_name,
+            has_imatrix=bool(imatrix),
+        ).file_bytes(parent.graph.dims, quantization)
+        result = Exported(
+            quantization=quantization,
+            predicted_bytes=predicted,
+            bytes=n_bytes,
+            sha256=rundir.sha256_file(made),
+            imatrix=bool(imatrix),
+            verified=compared,
+        )
+        _move(made, out)
+    return result
+
+
+def _check_out_file(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise ConfigError(f"--out '{out.name}' must end in {suffix}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder", "name a file")
+    if out.is_file() and out.stat().st_size:
+        with out.open("rb") as f:
+            if f.read(4) != b"GGUF":
+                raise ConfigError(f"--out {out} exists and is not a GGUF file", "name another file")
+
+
+def _imatrix(parent: Parent, text: str, seed: int, progress: Progress) -> dict[str, np.ndarray]:
+    """Mean squared inputs on up to 32 windows of the text, as the quantizer names them."""
+    ids = tokenizer.encode(parent.folder, data.read_text(text))
+    length = min(IMATRIX_TOKENS, parent.graph.dims.max_context)
+    windows = data.windows(
+        text,
+        lambda _: ids,
+        n_samples=max(1, min(IMATRIX_WINDOWS, len(ids) // length)),
+        n_tokens=length,
+        seed=seed,
+        where=text,
+    )
+    stats = calibration.collect(
+        parent.source, parent.graph, windows, calibration.IMATRIX_NEEDS, progress=progress
+    )
+    cut = calibration.imatrix(stats, parent.graph, {})
+    return gguf.imatrix_names(parent.family, parent.graph.dims, cut)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Export:
+    run: rundir.RunDir
+    parent: Parent
+    exporter: Any
+    threads: int
+    progress: Progress
+    window: np.ndarray | None = None  # [1, T]
+    expected: np.ndarray | None = None  # [T, vocab], torch's logits
+
+    def make_reference(self, seed: int) -> None:
+        tokens = prepare.Tokens(self.run, self.parent, self.progress)
+        _, self.window = tokens.get(
+            None, n_samples=1, n_tokens=VERIFY_TOKENS, seed=seed + prepare.EVAL_SEED_OFFSET
+        )
+        tokens.close()
+        self.expected = calibration.forward(self.parent.source, self.parent.graph.dims, self.window)[0]
+
+    def make(
+        self, quantization: str, name: str, master: Path | None, imatrix: dict[str, np.ndarray] | None
+    ) -> tuple[Path, int, verify.Comparison | None]:
+        """Write one file into the scratch folder and hold it against torch."""
+        path = self.run.path(f"artifacts/{name}")
+        parent = self.parent
+        with self.progress.stage(f"export {quantization}"):
+            n_bytes = self.exporter.export(
+                path,
+                family=parent.family,
+                dims=parent.graph.dims,
+                config=parent.source.config,
+                tokenizer_kvs=parent.tokenizer_kvs,
+                read_tensor=lambda n: checkpoint.to_float32(parent.source.tensor(n)),
+                quantization=quantization,
+                imatrix=imatrix,
+                threads=self.threads,
+                name=parent.name,
+                license_name=parent.license_name,
+                master=master,
+            )
+        compared = None
+        if self.window is not None and self.expected is not None:
+            with self.progress.stage(f"verify {quantization}"):
+                compared = self._compare(path)
+            reason = compared.failure(exact=quantization in ("F16", "F32"))
+            if reason is not None:
+                raise StageError(reason, "report this with the model's config.json")
+        return path, n_bytes, compared
+
+    def _compare(self, path: Path) -> verify.Comparison:
+        assert self.window is not None and self.expected is not None
+        flags = LaunchFlags(
+            context_tokens=max(self.window.shape[1], 32), ubatch=128, kv_type="f32", mmap=True
+        )
+        out = self.run.path("arrays/logits.f32")
+        found = llama_cpp.logits(path, self.window, out, flags=flags, threads=self.threads)
+        return verify.compare(self.expected, found[0])
