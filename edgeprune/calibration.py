@@ -6,9 +6,9 @@ so that the split into batches does not show in the scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,21 @@ from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError
 from edgeprune.families.base import Family
 from edgeprune.metrics.base import Array, Metric, Need
-from edgeprune.records import LayerShape, ModelDims, ModelGraph
 from edgeprune.progress import Progress, Silent
+from edgeprune.records import Axis, LayerShape, ModelDims, ModelGraph
+
+T = TypeVar("T")
 
 # what quantization wants: mean squared input of every matrix
 IMATRIX_NEEDS = frozenset(
     (Need.ATTN_IN_SQUARES, Need.O_IN_SQUARES, Need.FFN_IN_SQUARES, Need.DOWN_IN_SQUARES)
 )
+
+# a variance comes from two sums
+_VARIANCES = {
+    Need.O_IN_VARIANCE: (Need.O_IN_SQUARES, Need.O_IN_MEAN),
+    Need.DOWN_IN_VARIANCE: (Need.DOWN_IN_SQUARES, Need.DOWN_IN_MEAN),
+}
 
 
 @dataclass(slots=True)
@@ -39,9 +47,14 @@ class Collector:
     needs: frozenset[Need]
     sums: dict[Need, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
+    _summed: frozenset[Need] = frozenset()
     _u: torch.Tensor | None = None  # input of o_proj of this batch
     _y: torch.Tensor | None = None  # stream between attention and FFN of this batch
     _hooks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        parts = [part for need, pair in _VARIANCES.items() if need in self.needs for part in pair]
+        self._summed = self.needs.union(parts)
 
     def _add(self, need: Need, value: torch.Tensor) -> None:
         value = value.double()
@@ -75,7 +88,7 @@ class Collector:
         self._hooks.append(self._module(role).register_forward_hook(lambda _, __, out: see(out)))
 
     def _mean(self, need: Need, value: torch.Tensor) -> None:
-        if need in self.needs:
+        if need in self._summed:
             self._add(need, value.flatten(0, -2).sum(dim=0, dtype=torch.float64))
 
     def _attn_in(self, x: torch.Tensor) -> None:
@@ -149,11 +162,14 @@ class Collector:
     def finish(self) -> dict[Need, np.ndarray]:
         """Means over tokens as float32 arrays; HEAD_EXACT as a root mean square."""
         out = {}
-        for need, total in self.sums.items():
-            mean = total / self.tokens
-            if need is Need.HEAD_EXACT:
-                mean = mean.sqrt()
-            out[need] = mean.to(torch.float32).cpu().numpy()
+        means = {need: total / self.tokens for need, total in self.sums.items()}
+        for need, (squares, mean) in _VARIANCES.items():
+            if need in self.needs and squares in means:
+                means[need] = (means[squares] - means[mean].square()).clamp_min(0.0)
+        for need, value in means.items():
+            if need in self.needs:
+                value = value.sqrt() if need is Need.HEAD_EXACT else value
+                out[need] = value.to(torch.float32).cpu().numpy()
         return out
 
 
@@ -167,6 +183,20 @@ class View:
     source: checkpoint.Source
     arrays: Mapping[str, np.ndarray]
     _weights: dict[str, Array] = field(default_factory=dict)
+    _shared: dict[str, Any] = field(default_factory=dict)  # one for all layers of a scoring run
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family.qk_norm
+
+    def at(self, layer: int) -> View:
+        return View(self.family, self.dims, layer, self.source, self.arrays, {}, self._shared)
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        if name not in self._shared:
+            self._shared[name] = make()
+        value: T = self._shared[name]
+        return value
 
     @property
     def shape(self) -> LayerShape:
@@ -201,35 +231,72 @@ def collect(
     """
     if any(need.gradient for need in needs):
         raise ConfigError("this metric needs gradients, which forward calibration does not collect")
-    family = graphs.find_family(graph.dims.family)
-    model = checkpoint.skeleton(source.config, graph.dims)
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
-    n, length = tokens.shape
-    batch = max(1, batch_tokens // length)
     arrays: dict[str, np.ndarray] = {}
-    ids = torch.from_numpy(np.ascontiguousarray(tokens)).long()
     with torch.inference_mode(), (progress or Silent()).stage("calibrate", len(graph.dims.layers)) as bar:
-        embed = source.tensor(family.tensor("embed"))
-        stream = embed[ids].to(device=device, dtype=torch.float32)  # [N, T, d]
-        del embed
-        positions = torch.arange(length, device=device)[None]
-        rotary = decoder.rotary_emb(stream[:1], position_ids=positions)
-        for index, shape in enumerate(graph.dims.layers):
-            with checkpoint.resident_layer(model, index, source, device=device) as layer:
-                with Collector(family, layer, shape, graph.dims, needs) as collector:
-                    for start in range(0, n, batch):
-                        before = stream[start : start + batch].clone()
-                        out = layer(
-                            before, attention_mask=None, position_ids=positions, position_embeddings=rotary
-                        )
-                        collector.after(before, out)
-                        stream[start : start + batch] = out
-            for need, value in collector.finish().items():
-                arrays[f"layers.{index}.{need.value}"] = value
-            if not bool(torch.isfinite(stream).all()):
-                raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
+        walk = _Walk(source, graph.dims, tokens, needs, batch_tokens, device)
+        for index in range(len(graph.dims.layers)):
+            with checkpoint.resident_layer(walk.model, index, source, device=device) as layer:
+                arrays |= walk.collect(index, layer)
+            walk.check(index)
             bar.advance()
     return arrays
+
+
+class _Walk:
+    """The stream [N, T, d] on its way through the layers of a model, one at a time."""
+
+    def __init__(
+        self,
+        source: checkpoint.Source,
+        dims: ModelDims,
+        tokens: np.ndarray,
+        needs: frozenset[Need],
+        batch_tokens: int,
+        device: str,
+    ) -> None:
+        self.family = graphs.find_family(dims.family)
+        self.dims = dims
+        self.needs = needs
+        self.model = checkpoint.skeleton(source.config, dims)
+        ids = torch.from_numpy(np.ascontiguousarray(tokens)).long()
+        embed = source.tensor(self.family.tensor("embed"))
+        self.stream = embed[ids].to(device=device, dtype=torch.float32)
+        self._source = source
+        self._batch = max(1, batch_tokens // tokens.shape[1])
+        self._positions = torch.arange(tokens.shape[1], device=device)[None]
+        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+        self._rotary = decoder.rotary_emb(self.stream[:1], position_ids=self._positions)
+
+    def _batches(self) -> list[slice]:
+        return [slice(start, start + self._batch) for start in range(0, len(self.stream), self._batch)]
+
+    def _run(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = layer(
+            x, attention_mask=None, position_ids=self._positions, position_embeddings=self._rotary
+        )
+        return out
+
+    def collect(self, index: int, layer: nn.Module, *, move: bool = True) -> dict[str, np.ndarray]:
+        """Statistics of one layer; with `move` the stream becomes the layer's output."""
+        with Collector(self.family, layer, self.dims.layers[index], self.dims, self.needs) as collector:
+            for part in self._batches():
+                before = self.stream[part].clone()
+                out = self._run(layer, before)
+                collector.after(before, out)
+                if move:
+                    self.stream[part] = out
+        return {f"layers.{index}.{need.value}": value for need, value in collector.finish().items()}
+
+    def move(self, layer: nn.Module) -> None:
+        for part in self._batches():
+            self.stream[part] = self._run(layer, self.stream[part].clone())
+
+    def check(self, index: int) -> None:
+        """Raises ConfigError when the stream is not finite. Drops file pages that were read so far."""
+        if not bool(torch.isfinite(self.stream).all()):
+            raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
+        if isinstance(self._source, checkpoint.SafetensorsSource):
+            self._source.close()
 
 
 def forward(
@@ -270,19 +337,99 @@ def score(
     """Scores of every axis, [n_units] float32. Raises ConfigError when a score is not finite."""
     family = graphs.find_family(graph.dims.family)
     out: dict[str, np.ndarray] = {}
-    by_layer: dict[int, list[Any]] = {}
-    for axis in graph.axes:
-        by_layer.setdefault(axis.layer, []).append(axis)
+    by_layer = _axes_by_layer(graph)
+    shared: dict[str, Any] = {}
     with (progress or Silent()).stage(f"score {metric.name}", len(by_layer)) as bar:
         for layer, axes in by_layer.items():
-            view = View(family, graph.dims, layer, source, arrays)
+            view = View(family, graph.dims, layer, source, arrays, {}, shared)
             for axis in axes:
-                values = np.asarray(metric.score(view, axis.unit, options, seed), dtype=np.float32)
-                if values.shape != (axis.n_units,) or not np.isfinite(values).all():
-                    raise ConfigError(f"metric {metric.name} gave unusable scores for {axis.name}")
-                out[axis.name] = values
+                out[axis.name] = _axis_scores(metric, options, view, axis, seed)
             bar.advance()
     return out
+
+
+def _axes_by_layer(graph: ModelGraph) -> dict[int, list[Axis]]:
+    by_layer: dict[int, list[Axis]] = {}
+    for axis in graph.axes:
+        by_layer.setdefault(axis.layer, []).append(axis)
+    return by_layer
+
+
+def _axis_scores(metric: Metric, options: Mapping[str, str], view: View, axis: Axis, seed: int) -> np.ndarray:
+    values = np.asarray(metric.score(view, axis.unit, options, seed), dtype=np.float32)
+    if values.shape != (axis.n_units,) or not np.isfinite(values).all():
+        raise ConfigError(f"metric {metric.name} gave unusable scores for {axis.name}")
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequential:
+    """What a pass that scores and cuts layer after layer found."""
+
+    scores: dict[str, np.ndarray]  # axis -> [n_units]
+    kept: dict[str, tuple[int, ...]]  # only axes that lost some
+    arrays: dict[str, np.ndarray]  # as `collect`, from pruned inputs
+
+
+def score_sequential(
+    metric: Metric,
+    options: Mapping[str, str],
+    source: checkpoint.Source,
+    graph: ModelGraph,
+    windows: np.ndarray,
+    widths_of: Callable[[Axis, np.ndarray], Sequence[int]],
+    *,
+    seed: int,
+    also: frozenset[Need] = frozenset(),
+    batch_tokens: int = 2048,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Sequential:
+    """Score a layer on the output of the pruned layers before it, cut it, go on.
+
+    `widths_of` turns an axis and its scores into the indices to keep; `also` are further statistics to
+    collect. Raises ConfigError when the metric needs gradients, which have no such order.
+    """
+    needs = metric.needs(options) | also
+    if any(need.gradient for need in needs):
+        raise ConfigError(f"metric {metric.name} needs gradients, so it cannot score layer after layer")
+    found = Sequential(scores={}, kept={}, arrays={})
+    by_layer = _axes_by_layer(graph)
+    shared: dict[str, Any] = {}
+    stage = (progress or Silent()).stage(f"score {metric.name}", len(graph.dims.layers))
+    with torch.inference_mode(), stage as bar:
+        walk = _Walk(source, graph.dims, windows, needs, batch_tokens, device)
+        for index in range(len(graph.dims.layers)):
+            with checkpoint.resident_layer(walk.model, index, source, device=device) as layer:
+                found.arrays.update(walk.collect(index, layer, move=False))
+                view = View(walk.family, graph.dims, index, source, found.arrays, {}, shared)
+                for axis in by_layer.get(index, ()):
+                    scores = _axis_scores(metric, options, view, axis, seed)
+                    found.scores[axis.name] = scores
+                    kept = tuple(sorted(int(i) for i in widths_of(axis, scores)))
+                    if len(kept) < axis.n_units:
+                        found.kept[axis.name] = kept
+                        _silence_(layer, index, axis, kept)
+                walk.move(layer)
+            walk.check(index)
+            bar.advance()
+    return found
+
+
+def _silence_(layer: nn.Module, index: int, axis: Axis, kept: Sequence[int]) -> None:
+    """Zero the output columns of the units that leave: the layer's output is that of the cut layer."""
+    gone = np.setdiff1d(np.arange(axis.n_units), np.asarray(kept, dtype=np.int64))
+    prefix = f"model.layers.{index}."
+    for part in axis.slices:
+        if part.dim != 1:
+            continue
+        columns = (part.offset + gone[:, None] * part.block + np.arange(part.block)).reshape(-1)
+        owner, _, leaf = part.tensor.removeprefix(prefix).rpartition(".")
+        module = layer.get_submodule(owner)
+        # a copy: the parameter may be the mapped file itself
+        weight = getattr(module, leaf).clone()
+        weight[:, torch.from_numpy(columns).to(weight.device)] = 0
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
 
 
 def imatrix(

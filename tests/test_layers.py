@@ -31,6 +31,8 @@ LAYERS = {
     "gguf_source": 6,
     "tokenizer": 6,
     "calibration": 7,
+    "gradients": 7,
+    "compensation": 7,
     "surgery": 7,
     "recovery": 7,
     "quality": 7,

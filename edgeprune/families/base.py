@@ -29,6 +29,7 @@ class Family:
         gguf_arch: architecture name that llama.cpp knows uniform models by.
         gguf_carrier: architecture that loads per-layer widths with equal logits, or None.
         gguf_permute_qk: llama.cpp stores Q and K rows in NORM rotary order for this family.
+        qk_norm: queries and keys pass a norm per head, so their signed Taylor sums are about zero.
     """
 
     model_type: str
@@ -39,6 +40,7 @@ class Family:
     gguf_arch: str
     gguf_carrier: str | None
     gguf_permute_qk: bool
+    qk_norm: bool = False
 
     def tensor(self, role: str, layer: int | None = None, suffix: str = "weight") -> str:
         """Hugging Face tensor name of a role ('q', 'down', 'embed', …)."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from edgeprune.errors import ConfigError
@@ -14,6 +15,11 @@ from edgeprune.records import LayerShape, ModelDims
 from edgeprune.registry import suggest
 
 Array: TypeAlias = npt.NDArray[Any]
+T = TypeVar("T")
+
+# the matrices that are cut together; rows of all but o and down, columns of those two
+ROLES: Mapping[str, tuple[str, ...]] = {"ffn": ("gate", "up", "down"), "kv": ("q", "k", "v", "o")}
+COLUMN_ROLES = frozenset(("o", "down"))
 
 
 class Need(enum.Enum):
@@ -26,8 +32,10 @@ class Need(enum.Enum):
     # forward only
     O_IN_SQUARES = "o_in_squares"  # [H*dh] mean u^2, u the input of o_proj
     O_IN_MEAN = "o_in_mean"  # [H*dh]
+    O_IN_VARIANCE = "o_in_variance"  # [H*dh] over tokens, mean u^2 - (mean u)^2
     DOWN_IN_SQUARES = "down_in_squares"  # [m] mean h^2, h the input of down_proj
     DOWN_IN_MEAN = "down_in_mean"  # [m]
+    DOWN_IN_VARIANCE = "down_in_variance"  # [m]
     DOWN_IN_ABS = "down_in_abs"  # [m] mean |h|
     ATTN_IN_SQUARES = "attn_in_squares"  # [d] input of q, k, v
     FFN_IN_SQUARES = "ffn_in_squares"  # [d] input of gate, up
@@ -40,15 +48,21 @@ class Need(enum.Enum):
     OUT_SQUARES = "out_squares"  # [1] mean ||out||^2 of the layer's output
     BLOCK_COSINE = "block_cosine"  # [3] mean cos(in, out): layer, attention block, FFN block
 
-    # gradients of the language-model loss, one row per sample n; role is q, k, v, o, gate, up or down
+    # gradients of the language-model loss, one row per sample n; role is q, k, v, o, gate, up or down.
+    # channels: rows of q, k, v, gate, up; columns of o, down. g_n belongs to sample n's own mean loss.
     SAMPLE_VECTOR = "sample_vector"  # {role: [N, channels]} sum_k g_nk W_k per channel of the unit
     SAMPLE_ELEMENT_ABS = "sample_element_abs"  # {role: [N, channels]} sum_k |g_nk W_k|
     MEAN_ELEMENT_ABS = "mean_element_abs"  # {role: [channels]} sum_k |mean_n g_nk W_k|
     ELEMENT_SECOND = "element_second"  # {role: [channels]} sum_k W_k^2 mean_n g_nk^2
     ELEMENT_MIX = "element_mix"  # {role: [channels]} sum_k |mean_n(g W) - 1/2 mean_n (g W)^2|
 
+    # the loss of R trials in which random units of all layers were masked at once
+    MASK_TRIALS = "mask_trials"  # {unit kind: [R, n_units]} 1 where the unit was masked
+    MASK_LOSS = "mask_loss"  # [R] increase of the mean loss, the same array for every layer
+
     @property
     def gradient(self) -> bool:
+        """It needs the loss, so `gradients` collects it and not `calibration`."""
         return self in GRADIENT_NEEDS
 
 
@@ -59,6 +73,8 @@ GRADIENT_NEEDS = frozenset(
         Need.MEAN_ELEMENT_ABS,
         Need.ELEMENT_SECOND,
         Need.ELEMENT_MIX,
+        Need.MASK_TRIALS,
+        Need.MASK_LOSS,
     )
 )
 
@@ -72,12 +88,24 @@ class LayerView(Protocol):
     def layer(self) -> int: ...
     @property
     def shape(self) -> LayerShape: ...
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are normalised per head, so their signed sums carry no information."""
+        ...
+
     def weight(self, role: str) -> Array:
         """[out, in] float32; role: q k v o gate up down attn_norm ffn_norm."""
         ...
 
     def stat(self, need: Need) -> Array: ...
     def role_stat(self, need: Need, role: str) -> Array: ...
+    def at(self, layer: int) -> LayerView:
+        """Another layer of the same model."""
+        ...
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """A value of the whole model, worked out once per scoring run."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +142,8 @@ class Metric:
         for name, value in given.items():
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
-                problems.append(
-                    f"metric {self.name} has no switch '{name}'{suggest(name, self.options)}; switches: {known}"
-                )
+                near = suggest(name, self.options)
+                problems.append(f"metric {self.name} has no switch '{name}'{near}; switches: {known}")
             elif value not in self.options[name].choices:
                 choices = ", ".join(self.options[name].choices)
                 problems.append(f"metric {self.name}: {name}={value} is not one of {choices}")
@@ -128,3 +155,53 @@ class Metric:
 def group_columns(view: LayerView) -> int:
     """Columns of o_proj that one KV group owns: g*dh."""
     return view.shape.n_heads // view.shape.n_kv_heads * view.dims.head_dim
+
+
+def n_units(view: LayerView, unit: str) -> int:
+    return view.shape.n_ff if unit == "ffn" else view.shape.n_kv_heads
+
+
+def unit_params(view: LayerView, unit: str) -> int:
+    """Parameters of one unit, as the graph counts them.
+
+    The planner pools scores divided by this number; a score that is already comparable is multiplied by it.
+    """
+    dims, shape = view.dims, view.shape
+    if unit == "ffn":
+        return 3 * dims.hidden + (2 if dims.mlp_bias else 0)
+    g = shape.n_heads // shape.n_kv_heads
+    return (2 + 2 * g) * dims.hidden * dims.head_dim + ((g + 2) * dims.head_dim if dims.qkv_bias else 0)
+
+
+def fold(view: LayerView, unit: str, values: Array) -> Array:
+    """Sum channels [..., channels] of one role to units [..., n_units], in float64."""
+    values = np.asarray(values, dtype=np.float64)
+    if unit == "ffn":
+        return values
+    folded: Array = values.reshape(*values.shape[:-1], view.shape.n_kv_heads, -1).sum(axis=-1)
+    return folded
+
+
+def vector_roles(view: LayerView, unit: str) -> tuple[str, ...]:
+    """Roles whose signed sums say something: without q and k where those are normalised."""
+    roles = ROLES[unit]
+    return tuple(role for role in roles if role not in ("q", "k")) if unit == "kv" and view.qk_norm else roles
+
+
+def present_units(view: LayerView) -> tuple[str, ...]:
+    """Unit kinds that this layer has."""
+    return tuple(unit for unit in ROLES if n_units(view, unit))
+
+
+def sequential_option(default: str, origin: str) -> Option:
+    return Option(
+        default=default,
+        choices=("yes", "no"),
+        help="yes: each layer sees the output of the already pruned layers before it; no: of the dense model",
+        origin=origin,
+    )
+
+
+def is_sequential(options: Mapping[str, str]) -> bool:
+    """Scores have to come from `calibration.score_sequential`, which cuts as it goes."""
+    return options.get("sequential") == "yes"

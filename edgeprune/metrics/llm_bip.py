@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgeprune.metrics.base import Array, LayerView, Metric, Need, Option, group_columns
+from edgeprune.metrics.base import Array, LayerView, Metric, Need, Option, group_columns, sequential_option
 
 SILU_LIPSCHITZ = 1.1  # sup |silu'| is 1.0998
 
@@ -35,7 +35,7 @@ def needs(options: Mapping[str, str]) -> frozenset[Need]:
 def stream_sensitivity(view: LayerView) -> Array:
     """s [d]: how strongly a change of stream entry k between attention and FFN can move the block's output.
 
-    s_k = 1 + E[1/rms] γ_k Σ_j ||Wd[:,j]||_1 (1.1 E|up_j| |Wg[j,k]| + E|silu(gate_j)| |Wu[j,k]|)
+    s_k = 1 + E[1/rms] gamma_k sum_j ||Wd[:,j]||_1 (1.1 E|up_j| |Wg[j,k]| + E|silu(gate_j)| |Wu[j,k]|)
     """
     if view.shape.n_ff == 0:
         return np.ones(view.dims.hidden)
@@ -101,5 +101,6 @@ METRIC = Metric(
             help="FFN channels: l2 ||h_j||·||Wd_j||, l1 mean|h_j|·||Wd_j||_1",
             origin="reconstructed",
         ),
+        "sequential": sequential_option("no", "reconstructed"),
     },
 )

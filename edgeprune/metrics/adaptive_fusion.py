@@ -1,0 +1,178 @@
+"""Adaptive fusion of coarse and fine importance, from v5 on called HyWIA (arXiv:2403.10799).
+
+From the paper: coarse-grained and fine-grained estimates of each substructure are fused adaptively by
+attention. The formulas below are implemented from a reconstructed specification; the paper's may differ
+in detail.
+
+For unit i with M coupled matrices: coarse C_i[a] = |sum G W| over the unit's slice of matrix a, fine
+F_i[a] = sum |G W|, each divided by its mean over the layer's units. Query Q = (C+F)/2, keys [C; F], values
+[sum C; sum F], alpha = softmax([C; F] Q / (tau sqrt(M))), I = alpha . values: always between the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgeprune.metrics.base import (
+    ROLES,
+    Array,
+    LayerView,
+    Metric,
+    Need,
+    Option,
+    fold,
+    n_units,
+    present_units,
+    vector_roles,
+)
+
+_TINY = 1e-30
+
+
+def needs(options: Mapping[str, str]) -> frozenset[Need]:
+    wanted = {
+        "coarse": {Need.SAMPLE_VECTOR},
+        "fine": {Need.MEAN_ELEMENT_ABS},
+        "learned": {Need.SAMPLE_VECTOR, Need.MEAN_ELEMENT_ABS, Need.MASK_TRIALS, Need.MASK_LOSS},
+    }
+    return frozenset(wanted.get(options["fusion"], {Need.SAMPLE_VECTOR, Need.MEAN_ELEMENT_ABS}))
+
+
+def _per_mean(values: Array) -> Array:
+    """Divide each row [M, n_units] by its mean."""
+    scaled: Array = values / np.maximum(values.mean(axis=1, keepdims=True), _TINY)
+    return scaled
+
+
+def coarse(view: LayerView, unit: str, roles: tuple[str, ...], normalise: bool) -> Array:
+    """[M, n_units] |sum G W| over the unit's slice of each matrix."""
+    rows = [
+        np.abs(fold(view, unit, view.role_stat(Need.SAMPLE_VECTOR, role).mean(axis=0, dtype=np.float64)))
+        for role in roles
+    ]
+    stacked: Array = np.stack(rows)
+    return _per_mean(stacked) if normalise else stacked
+
+
+def fine(view: LayerView, unit: str, roles: tuple[str, ...], normalise: bool) -> Array:
+    """[M, n_units] sum |G W| over the unit's slice of each matrix."""
+    stacked: Array = np.stack([fold(view, unit, view.role_stat(Need.MEAN_ELEMENT_ABS, r)) for r in roles])
+    return _per_mean(stacked) if normalise else stacked
+
+
+def estimates(view: LayerView, unit: str, options: Mapping[str, str]) -> tuple[Array, Array]:
+    """C and F, each [M, n_units]. Where q and k are normalised their fine score stands in for the coarse."""
+    normalise = options["normalise"] == "yes"
+    roles, signed = ROLES[unit], vector_roles(view, unit)
+    fines = fine(view, unit, roles, normalise)
+    if signed == roles:
+        return coarse(view, unit, roles, normalise), fines
+    coarses = fines.copy()
+    coarses[[roles.index(role) for role in signed]] = coarse(view, unit, signed, normalise)
+    return coarses, fines
+
+
+def attend(coarses: Array, fines: Array, temperature: float) -> Array:
+    """Fused score [n_units] of C and F [M, n_units]."""
+    query = (coarses + fines) / 2
+    scale = temperature * np.sqrt(coarses.shape[0])
+    logits = np.stack([(coarses * query).sum(axis=0), (fines * query).sum(axis=0)]) / scale
+    weights = np.exp(logits - logits.max(axis=0))
+    weights /= weights.sum(axis=0)
+    return blend(coarses, fines, weights[0])
+
+
+def blend(coarses: Array, fines: Array, weight: Array | float) -> Array:
+    """weight * sum C + (1 - weight) * sum F."""
+    blended: Array = weight * coarses.sum(axis=0) + (1 - weight) * fines.sum(axis=0)
+    return blended
+
+
+def nonnegative_fit(design: Array, target: Array) -> Array:
+    """Least squares with non-negative weights for a handful of columns, by trying every active set."""
+    best, best_error = np.zeros(design.shape[1]), float(np.square(target).sum())
+    for size in range(1, design.shape[1] + 1):
+        for columns in itertools.combinations(range(design.shape[1]), size):
+            found = np.linalg.lstsq(design[:, columns], target, rcond=None)[0]
+            error = float(np.square(design[:, columns] @ found - target).sum())
+            if (found >= 0).all() and error < best_error:
+                best_error = error
+                best = np.zeros(design.shape[1])
+                best[list(columns)] = found
+    return best
+
+
+def learned_weights(view: LayerView, options: Mapping[str, str]) -> dict[str, float]:
+    """Weight of the coarse score per unit kind, fitted to the measured loss of masked random units."""
+    kinds = tuple(ROLES)
+    loss = view.stat(Need.MASK_LOSS).astype(np.float64)
+    design = np.zeros((len(loss), 2 * len(kinds)))
+    for layer in range(len(view.dims.layers)):
+        at = view.at(layer)
+        for kind in present_units(at):
+            masks = at.role_stat(Need.MASK_TRIALS, kind).astype(np.float64)  # [R, n_units]
+            coarses, fines = estimates(at, kind, options)
+            column = 2 * kinds.index(kind)
+            design[:, column] += masks @ coarses.sum(axis=0)
+            design[:, column + 1] += masks @ fines.sum(axis=0)
+    fitted = nonnegative_fit(design, loss)
+    out = {}
+    for i, kind in enumerate(kinds):
+        a, b = fitted[2 * i], fitted[2 * i + 1]
+        out[kind] = float(a / (a + b)) if a + b > 0 else 0.5
+    return out
+
+
+def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> Array:
+    fusion, normalise = options["fusion"], options["normalise"] == "yes"
+    if n_units(view, unit) == 0:
+        return np.zeros(0)
+    if fusion == "coarse":
+        only: Array = coarse(view, unit, vector_roles(view, unit), normalise).sum(axis=0)
+        return only
+    if fusion == "fine":
+        total: Array = fine(view, unit, ROLES[unit], normalise).sum(axis=0)
+        return total
+    coarses, fines = estimates(view, unit, options)
+    if fusion == "half":
+        return blend(coarses, fines, 0.5)
+    if fusion == "learned":
+        weights = view.shared("adaptive-fusion", lambda: learned_weights(view, options))
+        return blend(coarses, fines, weights[unit])
+    return attend(coarses, fines, float(options["temperature"]))
+
+
+METRIC = Metric(
+    name="adaptive-fusion",
+    summary="coarse and fine Taylor scores fused by attention",
+    reference="arXiv:2403.10799",
+    needs=needs,
+    score=score,
+    # dividing by the layer's mean takes the layer's scale away
+    poolable=lambda options: options["normalise"] == "no",
+    options={
+        "fusion": Option(
+            default="attention",
+            choices=("attention", "coarse", "fine", "half", "learned"),
+            help="attention: weights per unit by softmax; coarse, fine: one of the two; half: their mean; "
+            "learned: one weight per kind of unit, fitted to the loss of masked random units",
+            origin="reconstructed",
+        ),
+        "temperature": Option(
+            default="1",
+            choices=("0.1", "0.5", "1", "2", "10"),
+            help="tau of the softmax; larger brings attention nearer to half",
+            origin="reconstructed",
+        ),
+        "normalise": Option(
+            default="yes",
+            choices=("yes", "no"),
+            help="yes: each matrix's scores are divided by their mean over the layer; no: as they are, "
+            "comparable between layers, but the fine score always wins",
+            origin="reconstructed",
+        ),
+    },
+)
