@@ -74,6 +74,12 @@ def kept_indices(space: PlanSpace, widths: Widths) -> dict[str, tuple[int, ...]]
     return kept
 
 
+def protected_layers(n_layers: int) -> frozenset[int]:
+    """Layers usually left whole: the first 4 and last 2 of 32, scaled to depth (arXiv:2305.11627)."""
+    first, last = int(n_layers / 8 + 0.5), int(n_layers / 16 + 0.5)
+    return frozenset((*range(first), *range(n_layers - last, n_layers)))
+
+
 def removed_params(graph: ModelGraph, widths: Widths) -> int:
     return sum((axis.n_units - widths[axis.name]) * axis.unit_params for axis in graph.axes)
 
