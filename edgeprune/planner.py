@@ -224,7 +224,7 @@ def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
             f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
         )
     check_allocator(allocator)
-    if allocator == "global" and ratio > 0:
+    if allocator == "global":
         _check_pooling(space)
     top = highest_ratio(space)
     if ratio > top + 1e-9:

@@ -87,7 +87,7 @@ def command(model: str | None, form: str) -> None:
         ("GGUF type", ">bytes, dense", ">with imatrix", "FFN width", "KV heads", "layers"),
         types,
     )
-    reasons = (r.replace(row["quantization"], "the type's") for row in found["gguf"] for r in row["reasons"])
+    reasons = (r.replace(f"{row['quantization']} ", "") for row in found["gguf"] for r in row["reasons"])
     for reason in dict.fromkeys(reasons):
         click.echo(reason)
 

@@ -1,0 +1,175 @@
+"""Candidates, budgets and reports made up by hand; nothing is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgeprune import graph, rundir
+from edgeprune.records import (
+    Artifact,
+    Budget,
+    Candidate,
+    DeviceTarget,
+    LaunchFlags,
+    LayerShape,
+    Limit,
+    Measured,
+    ModelDims,
+    Predicted,
+    Profile,
+    QualitySummary,
+    Selection,
+)
+from edgeprune.report import build as report_build
+
+FLAGS = LaunchFlags(context_tokens=2048, ubatch=128, kv_type="f16", mmap=False)
+
+
+def dims(
+    *,
+    hidden: int = 576,
+    heads: int = 9,
+    kv_heads: int = 3,
+    ff: int = 1536,
+    layers: int = 30,
+    vocab: int = 49152,
+    head_dim: int = 64,
+) -> ModelDims:
+    """Sizes of SmolLM2-135M unless told otherwise."""
+    return ModelDims(
+        family="llama",
+        vocab=vocab,
+        hidden=hidden,
+        head_dim=head_dim,
+        max_context=8192,
+        tied=True,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        rms_eps=1e-5,
+        layers=(LayerShape(n_heads=heads, n_kv_heads=kv_heads, n_ff=ff),) * layers,
+    )
+
+
+def limit(value: float, unit: str = "bytes", source: str = "command line") -> Limit:
+    return Limit(value=value, unit=unit, source=source)
+
+
+def budget(memory: float = 200e6, **over: Limit | None) -> Budget:
+    values: dict[str, Any] = {
+        "memory_bytes": limit(memory),
+        "file_bytes": None,
+        "decode_tps": None,
+        "first_token_ms": None,
+        "kl": None,
+        "key": "budget",
+        **over,
+    }
+    return Budget(**values)
+
+
+def candidate(
+    name: str,
+    *,
+    ratio: float = 0.0,
+    memory: int | None = 150_000_000,
+    predicted_memory: int = 149_000_000,
+    file: int = 100_000_000,
+    tps: float | None = 50.0,
+    predicted_tps: float | None = 48.0,
+    kl: float | None = 0.1,
+    stderr: float = 0.001,
+    error: str | None = None,
+    reason: str = "planned",
+) -> Candidate:
+    """A candidate; `memory` None: not measured at all, `tps` None: measured off the board."""
+    measured = None
+    if memory is not None:
+        measured = Measured(
+            on="here",
+            decode_tps=tps,
+            decode_tps_stdev=None if tps is None else 0.5,
+            prefill_tps=None if tps is None else 300.0,
+            first_token_ms=None,
+            peak_memory_bytes=memory,
+            load_s=0.5,
+            flags=FLAGS,
+        )
+    quality = None
+    if kl is not None and memory is not None:
+        quality = QualitySummary(
+            kl=kl,
+            kl_stderr=stderr,
+            perplexity=20.0,
+            perplexity_stderr=1.0,
+            agreement=0.9,
+            tokens=1000,
+            text="made up",
+        )
+    artifact = None
+    if memory is not None:
+        artifact = Artifact(
+            path=f"artifacts/{name}.gguf",
+            format="gguf",
+            quantization="Q4_0",
+            bytes=file,
+            sha256=f"sha-{name}",
+            made_from="plan",
+            key=f"artifact-{name}",
+        )
+    return Candidate(
+        id=name,
+        plan="dense" if ratio == 0 else f"uniform-{100 * ratio:.1f}",
+        ratio=ratio,
+        ratio_all=0.8 * ratio,
+        metric=None if ratio == 0 else "llm-bip",
+        allocator=None if ratio == 0 else "uniform",
+        quantization="Q4_0",
+        uniform=True,
+        artifact=artifact,
+        predicted=Predicted(
+            file_bytes=file,
+            peak_memory_bytes=predicted_memory,
+            decode_tps=predicted_tps,
+            decode_tps_low=None if predicted_tps is None else 0.8 * predicted_tps,
+            decode_tps_high=None if predicted_tps is None else 1.2 * predicted_tps,
+            flags=FLAGS,
+        ),
+        measured=measured,
+        quality=quality,
+        verify=None,
+        meets={},
+        error=error,
+        reason=reason,
+        key=f"candidate-{name}",
+    )
+
+
+def write_report(
+    folder: Path,
+    candidates: list[Candidate],
+    *,
+    target: DeviceTarget,
+    profile: Profile,
+    limits: Budget,
+    chosen: Selection,
+) -> Path:
+    """A finished run's report.json."""
+    report = report_build.build(
+        command=("edgeprune", "--target", target.name),
+        seed=0,
+        target=target,
+        profile=profile,
+        budget=limits,
+        name="made-up",
+        graph=graph.graph_of(graph.find_family("llama"), dims()),
+        license_name=None,
+        parent_key="parent",
+        candidates=candidates,
+        chosen=chosen,
+        context={},
+    )
+    with rundir.RunDir(folder) as run:
+        report_build.write(run, report)
+    return folder
