@@ -82,7 +82,8 @@ def test_ties_go_to_the_clearly_faster() -> None:
     assert chosen.selected == "fast"
     assert chosen.ties == ("best",)
     assert chosen.reasons["fast"] == (
-        "selected: quality cannot be told from the best (best), and it decodes faster (60 against 50 tokens/s)"
+        "selected: quality cannot be told from the best (best), "
+        "and it decodes faster (60 against 50 tokens/s)"
     )
     assert choose(budget(), found, never).selected == "best"
 
