@@ -48,6 +48,7 @@ class Collector:
     sums: dict[Need, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
     _summed: frozenset[Need] = frozenset()
+    _trying: bool = False  # the FFN runs on changed inputs, which are no statistics
     _u: torch.Tensor | None = None  # input of o_proj of this batch
     _y: torch.Tensor | None = None  # stream between attention and FFN of this batch
     _hooks: list[Any] = field(default_factory=list)
@@ -82,10 +83,16 @@ class Collector:
         return checkpoint.role_module(self.layer, self.family, role)
 
     def _on_input(self, role: str, see: Callable[[torch.Tensor], None]) -> None:
-        self._hooks.append(self._module(role).register_forward_pre_hook(lambda _, args: see(args[0])))
+        self._hooks.append(
+            self._module(role).register_forward_pre_hook(
+                lambda _, args: None if self._trying else see(args[0])
+            )
+        )
 
     def _on_output(self, role: str, see: Callable[[torch.Tensor], None]) -> None:
-        self._hooks.append(self._module(role).register_forward_hook(lambda _, __, out: see(out)))
+        self._hooks.append(
+            self._module(role).register_forward_hook(lambda _, __, out: None if self._trying else see(out))
+        )
 
     def _mean(self, need: Need, value: torch.Tensor) -> None:
         if need in self._summed:
@@ -154,9 +161,11 @@ class Collector:
         y = self._y.flatten(0, -2)
         flat_out = out.flatten(0, -2)
         changes = []
+        self._trying = True
         for delta in self._group_deltas(self._u):
             moved = y - delta
             changes.append((moved + mlp(norm(moved)) - flat_out).double().square().sum())  # type: ignore[operator]
+        self._trying = False
         return torch.stack(changes)
 
     def finish(self) -> dict[Need, np.ndarray]:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import builders
 
 from edgeprune import checkpoint, gradients, graph
 from edgeprune.errors import ConfigError
 from edgeprune.metrics.base import COLUMN_ROLES, GRADIENT_NEEDS, ROLES, Need
+from tests import builders
 
 N, T = 3, 17
 KINDS: dict[str, dict[str, Any]] = {
@@ -95,9 +95,7 @@ def test_one_need_alone_takes_the_short_way_to_the_same_numbers(tmp_path: Path) 
             assert_close(value, together[name])
 
 
-def test_batches_and_spilled_activations_do_not_show(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_and_spilled_activations_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, model_graph = open_model(builders.tiny_llama(tmp_path))
     whole = gradients.collect(source, model_graph, windows(), WEIGHT_NEEDS, batch_tokens=10_000)
     again = gradients.collect(source, model_graph, windows(), WEIGHT_NEEDS, batch_tokens=10_000)
