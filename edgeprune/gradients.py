@@ -9,7 +9,9 @@ folded to its channels and dropped; at most one weight-sized buffer per matrix o
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,8 @@ from edgeprune.records import Axis, LayerShape, ModelDims, ModelGraph
 
 # layer inputs beyond this go to an unnamed file on disk
 MOST_KEPT_BYTES = 192 << 20
+# FFN outputs are kept from the forward pass for the backward one while all of them fit
+MOST_REUSED_BYTES = 576 << 20
 _LOGIT_BYTES = 48 << 20
 
 MASK_TRIALS = 24
@@ -64,6 +68,65 @@ class _Kept:
         self._held.clear()
         if self._file is not None:
             self._file.close()
+
+
+class _Known(torch.autograd.Function):
+    """A matrix whose output is known already: forward costs nothing, backward is the usual one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return dy @ weight, None, None
+
+
+class _Reused:
+    """Outputs of gate, up and down from the forward pass, so that backward need not make them again."""
+
+    def __init__(self, family: Family, dims: ModelDims, tokens: int) -> None:
+        self._family, self._dims = family, dims
+        wanted = sum(2 * shape.n_ff + dims.hidden for shape in dims.layers if shape.n_ff)
+        self._worth = 4 * wanted * tokens <= MOST_REUSED_BYTES
+        self._held: dict[int, dict[str, list[torch.Tensor]]] = {}
+
+    @contextlib.contextmanager
+    def record(self, index: int, layer: nn.Module) -> Iterator[None]:
+        if not self._worth or not self._dims.layers[index].n_ff:
+            yield
+            return
+        held = self._held[index] = {role: [] for role in ROLES["ffn"]}
+        hooks = [
+            checkpoint.role_module(layer, self._family, role).register_forward_hook(
+                lambda _, __, out, parts=parts: parts.append(out)
+            )
+            for role, parts in held.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def replay(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Batches have to come in the order in which they were recorded."""
+        modules = []
+        for role, parts in self._held.pop(index, {}).items():
+            module = checkpoint.role_module(layer, self._family, role)
+            queue = iter(parts)
+            module.forward = lambda x, module=module, queue=queue: _Known.apply(  # type: ignore[method-assign]
+                x, module.weight, next(queue)
+            )
+            modules.append(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
 
 
 @dataclass(slots=True)
@@ -330,17 +393,18 @@ def _collect_gradients(
     with torch.no_grad(), (progress or Silent()).stage("gradients", 2 * n_layers) as bar:
         stream = model.embed()
         kept = _Kept(n_layers, stream)
+        reused = _Reused(model.family, dims, windows.size)
         try:
             for index in range(n_layers):
                 kept.put(index, stream)
-                with model.resident(index) as layer:
+                with model.resident(index) as layer, reused.record(index, layer):
                     for part in model.batches():
                         stream[part] = model.run(layer, stream[part])
                 model.unmap()
                 bar.advance()
             model.top_(stream, gradient=True)
             for index in reversed(range(n_layers)):
-                with model.resident(index) as layer:
+                with model.resident(index) as layer, reused.replay(index, layer):
                     sums = _LayerSums(model.family, layer, needs, len(windows))
                     _backward_layer(model, index, layer, kept.take(index, device), stream, sums)
                     arrays |= sums.finish(index)

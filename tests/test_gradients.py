@@ -101,6 +101,7 @@ def test_batches_and_spilled_activations_do_not_show(tmp_path: Path, monkeypatch
     again = gradients.collect(source, model_graph, windows(), WEIGHT_NEEDS, batch_tokens=10_000)
     assert all(np.array_equal(whole[name], again[name]) for name in whole)
     monkeypatch.setattr(gradients, "MOST_KEPT_BYTES", 0)
+    monkeypatch.setattr(gradients, "MOST_REUSED_BYTES", 0)
     split = gradients.collect(source, model_graph, windows(), WEIGHT_NEEDS, batch_tokens=1)
     for name, value in whole.items():
         assert_close(split[name], value)
