@@ -27,4 +27,4 @@ def command(run_dir: Path, form: str) -> None:
     if form == "json":
         echo_json(found)
     else:
-        click.echo(render_table(found))
+        click.echo(render_table(found, str(run_dir)))

@@ -46,6 +46,6 @@ def command(
     if form == "json":
         echo_json(report)
     else:
-        click.echo(render_table(report))
+        click.echo(render_table(report, str(run_dir)))
     if report["selected"] is None:
         raise InfeasibleError(report["headline"], "raise the limit it missed")

@@ -66,8 +66,11 @@ class ModelHeader:
     bytes_by_type: Mapping[str, int] | None  # of a GGUF file
 
 
-def open_header(model: str | None) -> ModelHeader:
-    """Open a folder, a hub id or a GGUF file. Raises ConfigError or UnsupportedModelError."""
+def open_header(model: str | None, *, with_tokenizer: bool = True) -> ModelHeader:
+    """Open a folder, a hub id or a GGUF file. Raises ConfigError or UnsupportedModelError.
+
+    Without a tokenizer file bytes cannot be predicted, and its library is not needed.
+    """
     path = locate.resolve_model(model)
     if path.is_file():
         source = GgufSource(path)
@@ -95,7 +98,7 @@ def open_header(model: str | None) -> ModelHeader:
         config=config,
         graph=built,
         family=graph.find_family(built.dims.family),
-        tokenizer_kvs=tokenizer.kvs_from_hf(path),
+        tokenizer_kvs=tokenizer.kvs_from_hf(path) if with_tokenizer else (),
         license_name=locate.license_of(path),
         bytes_by_type=None,
     )
@@ -245,7 +248,7 @@ def plan(
     Raises InfeasibleError when the ratio or the budget cannot be reached, ConfigError for other scores.
     """
     planner.check_allocator(allocator)
-    header = open_header(model)
+    header = open_header(model, with_tokenizer=budget_bytes is not None)
     record, arrays = load_scores(scores)
     _check_scores(header, scores, record, arrays)
     rules = hand_constraints(width_multiple)
