@@ -251,6 +251,12 @@ def collect(
     return arrays
 
 
+def _unmap(source: checkpoint.Source) -> None:
+    """Pages of mapped shards count as resident until the map goes; it comes back with the next tensor."""
+    if isinstance(source, checkpoint.SafetensorsSource):
+        source.close()
+
+
 class _Walk:
     """The stream [N, T, d] on its way through the layers of a model, one at a time."""
 
@@ -304,8 +310,7 @@ class _Walk:
         """Raises ConfigError when the stream is not finite. Drops file pages that were read so far."""
         if not bool(torch.isfinite(self.stream).all()):
             raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
-        if isinstance(self._source, checkpoint.SafetensorsSource):
-            self._source.close()
+        _unmap(self._source)
 
 
 def forward(
@@ -353,6 +358,7 @@ def score(
             view = View(family, graph.dims, layer, source, arrays, {}, shared)
             for axis in axes:
                 out[axis.name] = _axis_scores(metric, options, view, axis, seed)
+            _unmap(source)
             bar.advance()
     return out
 

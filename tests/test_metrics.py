@@ -588,3 +588,24 @@ def test_protected_layers_scale_with_depth() -> None:
     assert planner.protected_layers(30) == frozenset((0, 1, 2, 3, 28, 29))
     assert planner.protected_layers(16) == frozenset((0, 1, 15))
     assert planner.protected_layers(3) == frozenset()
+
+
+# ---------------------------------------------------------------- documentation
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_switch_is_documented_with_its_default_and_origin(name: str) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    if name == "hywia":
+        assert "Also `hywia`" in text
+        return
+    section = text.split(f"\n## {name}\n")[1].split("\n## ")[0].split("\n# ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    metric = metric_of(name)
+    assert [row.split("`")[1] for row in rows] == list(metric.options)
+    for row, option in zip(rows, metric.options.values(), strict=True):
+        values, default, origin = (cell.strip() for cell in row.split("|")[2:5])
+        assert values == " ".join(f"`{choice}`" for choice in option.choices)
+        assert (default, origin) == (f"`{option.default}`", option.origin)
+    if metric.reference != "baseline" and not name.startswith("taylor-"):
+        assert metric.reference.partition(":")[2] in section or name == "wanda-sp"
