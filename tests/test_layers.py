@@ -39,7 +39,7 @@ LAYERS = {
     "exporters": 8,
     "runtimes": 9,
     "devices": 9,
-    "bench": 9,
+    "bench": 9.5,  # drives the runtimes on a device
     "selection": 10,
     "report": 10,
     "pipeline": 11,

@@ -178,7 +178,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
     else:
         from edgeprune.report.terminal import render_table
 
-        click.echo(render_table(report))
+        click.echo(render_table(report, str(out)))
 
 
 def default_out(model: str | None, target: str, profile: str, budget: str | None) -> Path:
@@ -222,6 +222,8 @@ def _refuse_stray_options(ctx: click.Context) -> None:
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the one place that prints errors."""
     args = list(sys.argv[1:] if args is None else args)
+    # threads that spin while they wait make a shared machine several times slower; set before torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         result = cli.main(args=args, prog_name="edgeprune", standalone_mode=False, obj=tuple(args))
         sys.stdout.flush()

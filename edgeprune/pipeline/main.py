@@ -233,7 +233,7 @@ class _Job:
             run=self.folder,
             parent=self.parent,
             stats=stats,
-            stats_key=make_key("imatrix", scores_record.key),
+            stats_key=make_key("imatrix", self.parent.key, calibration_set.key),
             eval_set=eval_set,
             eval_windows=eval_windows,
             threads=options.threads or local_cores(),
@@ -322,16 +322,17 @@ class _Job:
         measured = None
         if result.memory is not None:
             timed = result.bench
-            speeds = bench.decode_tps(timed) if timed else None
-            prefill = bench.prefill_tps(timed) if timed else None
-            first = None
-            if timed is not None and prefill is not None:
-                first = 1000 * self.profile.workload.prompt_tokens / prefill.median
+            decode = spread = prefill = first = None
+            if timed is not None:
+                decode = bench.median_tps(timed.n_gen, timed.decode_ns)
+                spread = bench.stdev_tps(timed.n_gen, timed.decode_ns)
+                prefill = bench.median_tps(timed.n_prompt, timed.prefill_ns)
+                first = 1000 * self.profile.workload.prompt_tokens / prefill
             measured = Measured(
                 on=shop.device_name if self.target.local else f"{shop.device_name} (not the target)",
-                decode_tps=speeds.median if speeds else None,
-                decode_tps_stdev=speeds.stdev if speeds else None,
-                prefill_tps=prefill.median if prefill else None,
+                decode_tps=decode,
+                decode_tps_stdev=spread,
+                prefill_tps=prefill,
                 first_token_ms=first,
                 peak_memory_bytes=result.memory.peak_bytes + self.target.runtime_overhead_bytes,
                 load_s=result.memory.load_ns / 1e9,

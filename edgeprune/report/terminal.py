@@ -14,8 +14,8 @@ from edgeprune.units import format_bytes
 _WIDTH = 120
 
 
-def render_table(report: Mapping[str, Any]) -> str:
-    """The answer first, then what was measured, then how to run it."""
+def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
+    """The answer first, then what was measured, then how to run it; `folder` is where the paths start."""
     out = io.StringIO()
     console = Console(file=out, width=_WIDTH, force_terminal=False, highlight=False, soft_wrap=False)
     console.print(report["headline"], soft_wrap=True)
@@ -47,7 +47,8 @@ def render_table(report: Mapping[str, Any]) -> str:
         )
     if report["launch"]:
         console.print()
-        console.print("run it:", report["launch"], soft_wrap=True)
+        where = f" (in {folder})" if folder else ""
+        console.print(f"run it{where}: {report['launch']}", soft_wrap=True)
     return out.getvalue().rstrip("\n")
 
 
@@ -102,10 +103,11 @@ def _footnotes(report: Mapping[str, Any]) -> str:
     lines = ["> selected, = quality cannot be told from it; pred. predicted, meas. measured"]
     evaluation = report["evaluation"]
     if evaluation:
+        dense = "unknown" if report["dense_perplexity"] is None else f"{report['dense_perplexity']:.2f}"
         lines.append(
             f"KL to the dense F16 parent and perplexity on {evaluation['n_samples']} x {evaluation['n_tokens']} "
             f"held-out tokens, {evaluation['origin']} (seed {evaluation['seed']}); "
-            f"the dense F16 parent's own perplexity is {report['dense_perplexity']:.2f}"
+            f"the dense F16 parent's own perplexity is {dense}"
         )
     if not report["target"]["local"]:
         lines.append(
