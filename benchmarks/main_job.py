@@ -36,7 +36,14 @@ def one(budget: str, folder: Path, extra: list[str]) -> dict:
     measured = [c for c in report["candidates"] if c["measured"]]
     ratios = [c["predicted"]["peak_memory_bytes"] / c["measured"]["peak_memory_bytes"] for c in measured]
     chosen = next((c for c in report["candidates"] if c["id"] == report["selected"]), None)
+    stages: dict[str, float] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "done" and "seconds" in event:
+            name = event["stage"].split()[0]
+            stages[name] = round(stages.get(name, 0.0) + event["seconds"], 1)
     return {
+        "stage_s": stages,
         "budget": budget,
         "exit": done.returncode,
         "wall_s": round(wall, 1),

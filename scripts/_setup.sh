@@ -90,8 +90,8 @@ check_machine() {
 
 install_torch() {
     if has torch "$TORCH"; then return 0; fi
-    # the plain wheel for Linux brings several GB of CUDA; the CPU build is a tenth of that
-    if [[ "$(uname -s)" == Linux ]]; then
+    # the plain wheel for Linux brings several GB of CUDA; without such a card the CPU build is a tenth of that
+    if [[ "$(uname -s)" == Linux ]] && ! command -v nvidia-smi >/dev/null 2>&1; then
         if "$PYTHON_IN_VENV" -m pip install -q "torch==$TORCH+cpu" >/dev/null 2>&1; then return 0; fi
         if pip_install --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH+cpu"; then
             return 0
@@ -111,7 +111,7 @@ install_run() {
         say "[1/5] python environment in .venv"
         "$(find_python)" -m venv "$VENV" >&2 || refuse "could not make $VENV" "$failed"
     fi
-    say "[2/5] torch $TORCH for the CPU, about 200 MB"
+    say "[2/5] torch $TORCH"
     install_torch || refuse "torch could not be installed" "$failed"
     say "[3/5] libraries; llama-cpp-python is compiled here, which takes 3 to 11 minutes the first time"
     pip_install -e "$ROOT[$EXTRAS]" || refuse "the libraries could not be installed" "$failed"

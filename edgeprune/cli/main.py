@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,24 @@ import click
 
 from edgeprune import __version__, registry
 from edgeprune.cli._options import metric_option_option
-from edgeprune.errors import ConfigError, EdgepruneError
+from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError
 from edgeprune.units import parse_bytes
 
 INTERRUPTED = 130
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+# libraries of the extras, by the name they are imported by
+_EXTRA_OF = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub"), "torch"),
+    **dict.fromkeys(("gguf", "llama_cpp"), "gguf"),
+    "datasets": "data",
+}
+
+
+class _Stopped(BaseException):
+    """A signal asked the program to end; not an Exception, so that nothing takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class _Verbs(click.Group):
@@ -74,7 +88,7 @@ class _Verbs(click.Group):
 )
 @click.option(
     "--device",
-    metavar="local|ssh://…",
+    metavar="local",
     default="local",
     show_default=True,
     help="Where to measure. A target that is not this machine is predicted.",
@@ -115,7 +129,6 @@ class _Verbs(click.Group):
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to use. Default: the best found."
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @click.option(
     "--format",
     "form",
@@ -167,7 +180,6 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         threads=given["threads"],
         max_candidates=given["max_candidates"],
         quantizations=given["quantizations"],
-        trust_remote_code=given["trust_remote_code"],
         mode=given["mode"],
         command=tuple(["edgeprune", *ctx.obj]),
     )
@@ -237,9 +249,16 @@ def run(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "edgeprune"
         return _fail((error.format_message(),), f"see {path} --help", ConfigError.exit_code)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRA_OF:
+            raise
+        missing = MissingExtraError(library, _EXTRA_OF[library])
+        return _fail((missing.message,), missing.hint, missing.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; run the same command again to continue", err=True)
-        return INTERRUPTED
+        return _say_stopped(INTERRUPTED)
+    except _Stopped as stopped:
+        return _say_stopped(128 + stopped.number)
     except BrokenPipeError:
         # the reader of stdout has gone, as with `| head`: not worth a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -260,5 +279,19 @@ def _fail(problems: Sequence[str], hint: str | None, code: int) -> int:
     return code
 
 
+def _say_stopped(code: int) -> int:
+    word = "interrupted" if code == INTERRUPTED else "terminated"
+    click.echo(f"{word}; run the same command again to continue", err=True)
+    return code
+
+
+def _stop(number: int, _frame: object) -> None:
+    # the next one ends the program at once
+    signal.signal(number, signal.SIG_DFL)
+    raise _Stopped(number)
+
+
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from edgeprune import bench, planner, quality, rundir, selection
+from edgeprune import bench, data, planner, quality, rundir, selection
 from edgeprune.config import budget as budgets
 from edgeprune.config.targets import with_detected
 from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
-from edgeprune.errors import ConfigError, InfeasibleError
+from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError
 from edgeprune.exporters import gguf
 from edgeprune.pipeline import costing, prepare
 from edgeprune.pipeline import lane as lanes
@@ -58,7 +59,6 @@ class RunOptions:
     threads: int | None
     max_candidates: int | None
     quantizations: tuple[str, ...]
-    trust_remote_code: bool
     mode: str | None
     command: tuple[str, ...]
     metric_options: dict[str, str] = field(default_factory=dict)
@@ -84,6 +84,12 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     quantizations = options.quantizations or profile.recipe.quantizations
     for name in quantizations:
         check_quantization(name)
+    for text in (options.calibration, options.eval_text):
+        if text is not None:
+            data.read_text(text)  # a wrong name is found now, not after the model has been read
+    for library in ("gguf", "llama_cpp"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, "gguf")
     with rundir.RunDir(options.out) as folder:
         target = _with_machine(folder, target)
         _check_mode(target, options.mode)

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import edgeprune
-from edgeprune import calibration, data, registry, rundir, surgery, tokenizer
+from edgeprune import calibration, data, gradients, registry, rundir, surgery, tokenizer
 from edgeprune.metrics.base import Metric
 from edgeprune.pipeline.parent import Parent
 from edgeprune.progress import Progress
@@ -116,11 +116,16 @@ def calibrate(
     """Collect statistics and score every axis; returns (statistics, record, scores by axis)."""
     needs = metric.needs(options) | calibration.IMATRIX_NEEDS
     names = tuple(sorted(n.value for n in needs))
-    key = make_key("calibration_stats", parent.key, tokens.key, list(names), edgeprune.__version__)
+    backward = frozenset(n for n in needs if n.gradient)
+    drawn = seed if backward else None  # forward statistics do not depend on the seed
+    key = make_key("calibration_stats", parent.key, tokens.key, list(names), drawn, edgeprune.__version__)
     relative = f"arrays/calibration-{key}.safetensors"
 
     def collect() -> CalibrationStats:
-        arrays = calibration.collect(parent.source, parent.graph, windows, needs, progress=progress)
+        given = (parent.source, parent.graph, windows)
+        arrays = calibration.collect(*given, needs - backward, progress=progress)
+        if backward:
+            arrays |= gradients.collect(*given, backward, seed=seed, progress=progress)
         return CalibrationStats(
             needs=names,
             tokens=int(windows.size),
