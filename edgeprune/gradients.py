@@ -36,7 +36,9 @@ _LOGIT_BYTES = 48 << 20
 MASK_TRIALS = 24
 _MASK_SHARE = 0.3  # most of an axis that one trial masks
 
-_PER_SAMPLE = frozenset((Need.SAMPLE_ELEMENT_ABS, Need.ELEMENT_SECOND, Need.ELEMENT_MIX))
+_PER_SAMPLE = frozenset(
+    (Need.SAMPLE_ELEMENT_ABS, Need.ELEMENT_SECOND, Need.ELEMENT_MIX, Need.ELEMENT_MIX_SUM)
+)
 _MASKED = frozenset((Need.MASK_TRIALS, Need.MASK_LOSS))
 
 
@@ -145,6 +147,7 @@ class _LayerSums:
     layer: nn.Module
     needs: frozenset[Need]
     n_samples: int
+    n_targets: int
     rows: dict[tuple[Need, str], list[torch.Tensor]] = field(default_factory=dict)  # per batch [n, channels]
     sums: dict[tuple[Need, str], torch.Tensor] = field(default_factory=dict)  # [channels] float64
     weights: dict[tuple[Need, str], torch.Tensor] = field(default_factory=dict)  # [out, in]
@@ -183,10 +186,11 @@ class _LayerSums:
                 taken.append(torch.linalg.vector_norm(product, ord=1, dim=over).double())
             if Need.MEAN_ELEMENT_ABS in self.needs:
                 self._buffer(Need.MEAN_ELEMENT_ABS, role, weight).add_(product)
-            if Need.ELEMENT_MIX in self.needs:
-                # the mean of gW - (gW)^2 / 2 needs one buffer where two means would need two
-                buffer = self._buffer(Need.ELEMENT_MIX, role, weight)
-                buffer.add_(product).addcmul_(product, product, value=-0.5)
+            for need, factor in ((Need.ELEMENT_MIX, 1), (Need.ELEMENT_MIX_SUM, self.n_targets)):
+                if need in self.needs:
+                    # the mean of gW - (gW)^2 / 2 needs one buffer where two means would need two
+                    buffer = self._buffer(need, role, weight)
+                    buffer.add_(product).addcmul_(product, product, value=-0.5 * factor)
             if Need.ELEMENT_SECOND in self.needs:
                 second = product.square_().sum(dim=over).double()
                 key = (Need.ELEMENT_SECOND, role)
@@ -358,7 +362,8 @@ def collect(
 ) -> dict[str, np.ndarray]:
     """Collect gradient statistics. `windows` is [N, T] int; returns 'layers.<l>.<need>.<role>' to float32.
 
-    MASK_TRIALS has the unit kind in the role's place, MASK_LOSS nothing. `seed` draws the masked units.
+    MASK_TRIALS has the unit kind in the role's place, MASK_LOSS and N_TARGETS nothing. `seed` draws the
+    masked units.
     Raises ConfigError for a need without gradients, or when the loss or a gradient is not finite.
     """
     forward_only = sorted(need.value for need in needs if not need.gradient)
@@ -369,7 +374,11 @@ def collect(
     if windows.shape[1] < 2:
         raise ConfigError("gradients need windows of at least two tokens")
     arrays: dict[str, np.ndarray] = {}
-    weights = needs - _MASKED
+    if Need.N_TARGETS in needs:
+        n_targets = np.array([windows.shape[1] - 1], dtype=np.float32)
+        for index in range(len(graph.dims.layers)):
+            arrays[f"layers.{index}.{Need.N_TARGETS.value}"] = n_targets
+    weights = needs - _MASKED - {Need.N_TARGETS}
     if weights:
         arrays |= _collect_gradients(source, graph, windows, weights, batch_tokens, device, progress)
     if needs & _MASKED:
@@ -405,7 +414,7 @@ def _collect_gradients(
             model.top_(stream, gradient=True)
             for index in reversed(range(n_layers)):
                 with model.resident(index) as layer, reused.replay(index, layer):
-                    sums = _LayerSums(model.family, layer, needs, len(windows))
+                    sums = _LayerSums(model.family, layer, needs, len(windows), windows.shape[1] - 1)
                     _backward_layer(model, index, layer, kept.take(index, device), stream, sums)
                     arrays |= sums.finish(index)
                 if not bool(torch.isfinite(stream).all()):

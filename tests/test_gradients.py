@@ -56,6 +56,9 @@ def expected(gradient: np.ndarray, weight: np.ndarray, role: str) -> dict[Need, 
         Need.SAMPLE_ELEMENT_ABS: np.abs(product).sum(axis=over + 1),
         Need.MEAN_ELEMENT_ABS: np.abs(product.mean(axis=0)).sum(axis=over),
         Need.ELEMENT_SECOND: (weight**2 * (gradient**2).mean(axis=0)).sum(axis=over),
+        Need.ELEMENT_MIX_SUM: np.abs(product.mean(axis=0) - 0.5 * (T - 1) * (product**2).mean(axis=0)).sum(
+            axis=over
+        ),
         Need.ELEMENT_MIX: np.abs(product.mean(axis=0) - 0.5 * (product**2).mean(axis=0)).sum(axis=over),
     }
 
@@ -65,7 +68,7 @@ def assert_close(got: np.ndarray, want: np.ndarray) -> None:
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
-WEIGHT_NEEDS = GRADIENT_NEEDS - {Need.MASK_TRIALS, Need.MASK_LOSS}
+WEIGHT_NEEDS = GRADIENT_NEEDS - {Need.MASK_TRIALS, Need.MASK_LOSS, Need.N_TARGETS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +85,7 @@ def test_streamed_statistics_equal_plain_autograd(tmp_path: Path, kind: str) -> 
             for need, want in expected(grads[name], weights[name], role).items():
                 assert_close(got[f"layers.{layer}.{need.value}.{role}"], want)
                 seen += 1
-    assert seen == len(got) == 3 * 7 * 5
+    assert seen == len(got) == 3 * 7 * 6
 
 
 def test_one_need_alone_takes_the_short_way_to_the_same_numbers(tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_layers_without_attention_or_ffn(tmp_path: Path) -> None:
     got = gradients.collect(source, model_graph, windows(), WEIGHT_NEEDS)
     grads, weights = oracle(folder, windows())
     family = graph.find_family("llama")
-    assert len(got) == (7 + 3 + 4 + 7) * 5
+    assert len(got) == (7 + 3 + 4 + 7) * 6
     for key, value in got.items():
         _, layer, need, role = key.split(".")
         name = family.tensor(role, int(layer))
@@ -166,6 +169,12 @@ def test_masked_losses_are_those_of_the_model_without_the_units(tmp_path: Path) 
 
     for trial in (0, 7):
         assert got["layers.2.mask_loss"][trial] == pytest.approx(loss(trial) - loss(None), abs=2e-6)
+
+
+def test_number_of_predicted_tokens(tmp_path: Path) -> None:
+    source, model_graph = open_model(builders.tiny_llama(tmp_path))
+    got = gradients.collect(source, model_graph, windows(), frozenset((Need.N_TARGETS,)))
+    assert got == {f"layers.{i}.n_targets": np.array([T - 1]) for i in range(3)}
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -259,25 +259,36 @@ def saap_sheet() -> Sheet:
 
 def test_saap() -> None:
     view = saap_sheet()
-    vector, element = saap.parts(view, "ffn")
+    vector, element = saap.parts(view, "ffn", "mean")
     assert vector.tolist() == [0.5 + 1.5 + 0, 2 + 0.5 + 6] and element.tolist() == [9, 12]
     # sigma^2 5.25 and 10.5
-    assert worth("saap", "ffn", view, stability="none") == pytest.approx([13 / 21, 29 / 21])
+    assert worth("saap", "ffn", view, loss="mean", stability="none") == pytest.approx([13 / 21, 29 / 21])
     # per sample [7, 15]/21 and [17, 13]/21: F = 4/11 and 2/15
-    assert worth("saap", "ffn", view) == pytest.approx([13 / 21 * 11 / 15, 29 / 21 * 15 / 17])
-    assert worth("saap", "ffn", view, stability="literal") == pytest.approx([-4 / 11, -2 / 15])
-    assert worth("saap", "ffn", view, stability="standardised") == pytest.approx([-6, 6])
+    assert worth("saap", "ffn", view, loss="mean") == pytest.approx([13 / 21 * 11 / 15, 29 / 21 * 15 / 17])
+    assert worth("saap", "ffn", view, loss="mean", stability="literal") == pytest.approx([-4 / 11, -2 / 15])
+    assert worth("saap", "ffn", view, loss="mean", stability="standardised") == pytest.approx([-6, 6])
+
+
+def test_saap_of_the_summed_loss() -> None:
+    stats = dict(saap_sheet().stats) | roles(Need.ELEMENT_MIX_SUM, **ELEMENTS) | {"n_targets": [4]}
+    vector, element = saap.parts(Sheet(stats), "ffn", "sum")
+    # gate |2 - 2 * 5|, |0 - 2 * 4|; up |-1 - 2 * 1|, |2 - 2 * 5|; down |1 - 2 * 2|, |-2 - 2 * 8|
+    assert vector.tolist() == [8 + 3 + 3, 8 + 8 + 18] and element.tolist() == [9, 12]
+    fused = [14 / 48 + 9 / 21, 34 / 48 + 12 / 21]
+    assert worth("saap", "ffn", Sheet(stats), stability="none") == pytest.approx(fused)
 
 
 def test_saap_residual_is_a_weighted_mean() -> None:
     fused = saap.fuse(np.array([2.0]), np.array([5.0]), (1.0, 2.0), "residual")
     assert fused[0] == pytest.approx((2 / 1 + 5 / 2) / (1 + 1 / 2))
     view = saap_sheet()
-    options = metric_of("saap").resolve({"sigma": "residual"})
+    options = metric_of("saap").resolve({"sigma": "residual", "loss": "mean"})
     first, second = saap.sigma_squares(view, "ffn", options)
     assert first == pytest.approx((4 + 1) / 2)  # samples [2, 6] and [7, 5]
     assert second < 1e-29  # no spread at all: the steadier score decides alone
-    assert worth("saap", "ffn", view, sigma="residual", stability="none") == pytest.approx([9, 12])
+    assert worth("saap", "ffn", view, loss="mean", sigma="residual", stability="none") == pytest.approx(
+        [9, 12]
+    )
 
 
 def golden_section(f: Callable[[float], float], low: float, high: float) -> float:
@@ -301,7 +312,7 @@ def test_saap_sigma_is_the_minimiser(scores: np.ndarray) -> None:
         | roles(Need.ELEMENT_MIX, gate=scores, up=[0] * 6, down=[0] * 6),
         dims=dataclasses.replace(Sheet().dims, layers=(LayerShape(n_heads=4, n_kv_heads=2, n_ff=6),)),
     )
-    _, closed = saap.sigma_squares(view, "ffn", metric_of("saap").resolve({}))
+    _, closed = saap.sigma_squares(view, "ffn", metric_of("saap").resolve({"loss": "mean"}))
     # a minimum is flat: halving the digits of its place is all that comparing values can give
     assert closed == pytest.approx(math.exp(eta), rel=1e-6)
 
@@ -368,7 +379,7 @@ def test_learned_fusion_finds_the_weights_of_a_made_up_loss() -> None:
 
 def test_normalised_queries_and_keys_leave_their_signed_sums_out() -> None:
     stats = dict(saap_sheet().stats) | fusion_sheet().stats
-    for name, options in (("saap", {"stability": "none"}), ("adaptive-fusion", {})):
+    for name, options in (("saap", {"stability": "none", "loss": "mean"}), ("adaptive-fusion", {})):
         scores = []
         for signed in (1.0, 100.0):
             other = stats | roles(Need.SAMPLE_VECTOR, q=[[signed, 0, 0, 2]], k=[[1, signed]])

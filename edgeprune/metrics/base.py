@@ -55,6 +55,9 @@ class Need(enum.Enum):
     MEAN_ELEMENT_ABS = "mean_element_abs"  # {role: [channels]} sum_k |mean_n g_nk W_k|
     ELEMENT_SECOND = "element_second"  # {role: [channels]} sum_k W_k^2 mean_n g_nk^2
     ELEMENT_MIX = "element_mix"  # {role: [channels]} sum_k |mean_n(g W) - 1/2 mean_n (g W)^2|
+    # for the loss summed over a sample's T predicted tokens, divided by T: the square gets the factor T
+    ELEMENT_MIX_SUM = "element_mix_sum"  # {role: [channels]} sum_k |mean_n(g W) - T/2 mean_n (g W)^2|
+    N_TARGETS = "n_targets"  # [1] T, the same for every layer
 
     # the loss of R trials in which random units of all layers were masked at once
     MASK_TRIALS = "mask_trials"  # {unit kind: [R, n_units]} 1 where the unit was masked
@@ -73,6 +76,8 @@ GRADIENT_NEEDS = frozenset(
         Need.MEAN_ELEMENT_ABS,
         Need.ELEMENT_SECOND,
         Need.ELEMENT_MIX,
+        Need.ELEMENT_MIX_SUM,
+        Need.N_TARGETS,
         Need.MASK_TRIALS,
         Need.MASK_LOSS,
     )

@@ -9,8 +9,9 @@ Per channel c of each coupled matrix, with v_nc = sum_k g_nk W_k of sample n:
 Iv = |mean_n v - 1/2 mean_n v^2|,  Ie = sum_k |mean_n(g W) - 1/2 mean_n (g W)^2|;
 a unit's value is the sum over its matrices and channels. Sigma minimises
 sum_m 1/2 exp(-eta_m) mean_i I_m,i + 1/2 eta_m over eta = log sigma^2, so sigma_m^2 = mean_i I_m,i.
-The term log s1 s2 is the same for all units of a scope and is left out: a negative constant would turn
-the product with the stability indicator around.
+A sample's loss is the sum of its token losses: with their mean, T times smaller, both second-order terms
+would vanish beside the first. The term log s1 s2 is the same for all units of a scope and is left out: a
+negative constant would turn the product with the stability indicator around.
 """
 
 from __future__ import annotations
@@ -38,20 +39,24 @@ _EPSILON = 1e-12  # of fused scores, which are of order one
 
 
 def needs(options: Mapping[str, str]) -> frozenset[Need]:
-    wanted = {Need.SAMPLE_VECTOR, Need.ELEMENT_MIX}
+    wanted = {Need.SAMPLE_VECTOR}
+    wanted |= {Need.ELEMENT_MIX_SUM, Need.N_TARGETS} if options["loss"] == "sum" else {Need.ELEMENT_MIX}
     if options["sigma"] == "residual" or options["stability"] in ("asi", "literal"):
         wanted.add(Need.SAMPLE_ELEMENT_ABS)
     return frozenset(wanted)
 
 
-def parts(view: LayerView, unit: str) -> tuple[Array, Array]:
-    """Iv and Ie of every unit, each [n_units]."""
+def parts(view: LayerView, unit: str, loss: str) -> tuple[Array, Array]:
+    """Iv and Ie of every unit, each [n_units], for the 'sum' or 'mean' of a sample's token losses."""
+    # the sum's gradient is T times the mean's; both scores are left divided by T
+    factor = float(view.stat(Need.N_TARGETS)[0]) if loss == "sum" else 1.0
+    need = Need.ELEMENT_MIX_SUM if loss == "sum" else Need.ELEMENT_MIX
     vector, element = np.zeros(n_units(view, unit)), np.zeros(n_units(view, unit))
     for role in vector_roles(view, unit):
         v = view.role_stat(Need.SAMPLE_VECTOR, role).astype(np.float64)  # [N, channels]
-        vector += fold(view, unit, np.abs(v.mean(axis=0) - 0.5 * np.square(v).mean(axis=0)))
+        vector += fold(view, unit, np.abs(v.mean(axis=0) - 0.5 * factor * np.square(v).mean(axis=0)))
     for role in ROLES[unit]:
-        element += fold(view, unit, view.role_stat(Need.ELEMENT_MIX, role))
+        element += fold(view, unit, view.role_stat(need, role))
     return vector, element
 
 
@@ -72,7 +77,7 @@ def sigma_squares(view: LayerView, unit: str, options: Mapping[str, str]) -> tup
         if options["sigma"] == "residual":
             vector, element = sample_parts(at, kind)
             return vector.var(axis=0), element.var(axis=0)
-        return parts(at, kind)
+        return parts(at, kind, options["loss"])
 
     if options["scope"] == "layer":
         first, second = per_unit(view, unit)
@@ -109,7 +114,7 @@ def fluctuation(samples: Array) -> Array:
 
 def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> Array:
     squares = sigma_squares(view, unit, options)
-    fused = fuse(*parts(view, unit), squares, options["sigma"])
+    fused = fuse(*parts(view, unit, options["loss"]), squares, options["sigma"])
     stability = options["stability"]
     if stability == "none":
         return fused
@@ -146,6 +151,13 @@ METRIC = Metric(
             help="asi: score/(1+F), F the score's relative spread over samples; literal: the largest F goes "
             "first; standardised: (I - mean)/std per layer, one threshold for all; none: the fused score",
             origin="told",
+        ),
+        "loss": Option(
+            default="sum",
+            choices=("sum", "mean"),
+            help="a sample's loss: sum of its token losses, its log-likelihood, whose squared gradient "
+            "estimates curvature; mean: of them, which makes the second-order terms vanish",
+            origin="reconstructed",
         ),
         "scope": Option(
             default="layer",
