@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from edgeprune.errors import ConfigError
+from edgeprune.locate import hub_reason
 from edgeprune.progress import Progress, Silent
 
 _TOP_K = 100
@@ -19,7 +21,14 @@ _TOP_K = 100
 def sample_from_model(
     model: Any, *, n_samples: int, n_tokens: int, seed: int, progress: Progress | None = None
 ) -> np.ndarray:
-    """Text the model writes itself, [n_samples, n_tokens] int32; no data set needed.
+    """Text the model writes itself, [n_samples, n_tokens] int32; no data set needed."""
+    return sample_sets(model, [(n_samples, seed)], n_tokens=n_tokens, progress=progress)[0]
+
+
+def sample_sets(
+    model: Any, sets: Sequence[tuple[int, int]], *, n_tokens: int, progress: Progress | None = None
+) -> list[np.ndarray]:
+    """Several sets of (rows, seed) in one pass over the weights; each [rows, n_tokens] int32.
 
     Even rows start at the model's first token (for a chat model: a conversation), odd rows at a random
     token, for variety. Each row has its own random stream, so a row does not depend on how many there are.
@@ -28,10 +37,11 @@ def sample_from_model(
     vocab = model.config.vocab_size
     start = model.config.bos_token_id
     start = int(start) if isinstance(start, int) and 0 <= start < vocab else 0
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(n_samples)]
+    rows = [(row, seed) for n_samples, seed in sets for row in range(n_samples)]
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row, seed in rows]
     first = [
         start if row % 2 == 0 else int(torch.randint(vocab, (1,), generator=g))
-        for row, g in enumerate(generators)
+        for (row, _), g in zip(rows, generators, strict=True)
     ]
     tokens = torch.tensor(first)[:, None]
     out = [tokens]
@@ -47,7 +57,8 @@ def sample_from_model(
             tokens = ids.gather(1, (logits + gumbel).argmax(dim=-1, keepdim=True))
             out.append(tokens)
             bar.advance()
-    return torch.cat(out, dim=1).numpy().astype(np.int32)
+    written = torch.cat(out, dim=1).numpy().astype(np.int32)
+    return np.split(written, np.cumsum([n for n, _ in sets])[:-1])
 
 
 def read_text(source: str) -> str:
@@ -86,6 +97,7 @@ def _jsonl_texts(path: Path, text: str) -> list[str]:
     return texts
 
 
+@functools.lru_cache(maxsize=2)
 def _hub_text(name: str, *, characters: int = 8_000_000) -> str:
     try:
         from datasets import load_dataset
@@ -93,9 +105,17 @@ def _hub_text(name: str, *, characters: int = 8_000_000) -> str:
         from edgeprune.errors import MissingExtraError
 
         raise MissingExtraError("datasets", "data") from None
+    import logging
+
+    from huggingface_hub import HfApi
+
+    # these libraries report every retry on stderr; what went wrong is said once, below
+    for noisy in ("huggingface_hub", "datasets", "fsspec", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     parts: list[str] = []
     size = 0
     try:
+        HfApi().dataset_info(name, timeout=10)  # says at once that there is no network or no such data set
         for row in load_dataset(name, split="train", streaming=True):
             text = row.get("text")
             if not isinstance(text, str):
@@ -108,8 +128,8 @@ def _hub_text(name: str, *, characters: int = 8_000_000) -> str:
         raise
     except Exception as error:  # the hub client raises many unrelated classes
         raise ConfigError(
-            f"'{name}' is not a file here and could not be read as a data set: {str(error)[:200]!r}",
-            "give a .txt or .jsonl file",
+            f"'{name}' is not a file here and could not be read as a data set: {hub_reason(error)}",
+            "check the name and the network, or give a .txt or .jsonl file",
         ) from None
     return "\n\n".join(parts)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from edgeprune import bench, data, planner, quality, rundir, selection
+from edgeprune import bench, data, planner, quality, registry, rundir, selection
 from edgeprune.config import budget as budgets
 from edgeprune.config.targets import with_detected
 from edgeprune.costs.gguf_types import check_quantization
@@ -37,6 +37,9 @@ from edgeprune.records import (
     make_key,
 )
 from edgeprune.report import build as report_build
+
+# what only late stages import: said before anything is worked out
+_NEEDED = (("transformers", "torch"), ("tokenizers", "torch"), ("gguf", "gguf"), ("llama_cpp", "gguf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +84,14 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     metric, metric_options = prepare.load_metric(
         options.metric or profile.recipe.metric, options.metric_options
     )
-    quantizations = options.quantizations or profile.recipe.quantizations
-    for name in quantizations:
-        check_quantization(name)
+    quantizations = tuple(dict.fromkeys(options.quantizations or profile.recipe.quantizations))
+    _check_recipe(profile, quantizations)
     for text in (options.calibration, options.eval_text):
         if text is not None:
             data.read_text(text)  # a wrong name is found now, not after the model has been read
-    for library in ("gguf", "llama_cpp"):
+    for library, extra in _NEEDED:
         if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "gguf")
+            raise MissingExtraError(library, extra)
     with rundir.RunDir(options.out) as folder:
         target = _with_machine(folder, target)
         _check_mode(target, options.mode)
@@ -171,6 +173,16 @@ def _with_machine(folder: rundir.RunDir, target: DeviceTarget) -> DeviceTarget:
     return detected
 
 
+def _check_recipe(profile: Profile, quantizations: tuple[str, ...]) -> None:
+    """Refuse names in a profile that no plug-in has, before the slow part."""
+    for name in quantizations:
+        check_quantization(name)
+    for name in profile.recipe.allocators:
+        planner.check_allocator(name)
+    for name in profile.recipe.formats:
+        registry.load("exporters", name, "EXPORTER")
+
+
 def _check_mode(target: DeviceTarget, mode: str | None) -> None:
     if mode is not None and mode not in [m.name for m in target.power_modes]:
         known = ", ".join(m.name for m in target.power_modes) or "none"
@@ -192,20 +204,34 @@ class _Job:
         self, metric: Any, metric_options: dict[str, str]
     ) -> tuple[list[Candidate], Selection, dict[str, Any]]:
         recipe, options = self.profile.recipe, self.options
-        tokens = prepare.Tokens(self.folder, self.parent, self.progress)
+        space = planner.PlanSpace(
+            graph=self.parent.graph,
+            scores={},
+            poolable=metric.poolable(metric_options),
+            constraints=costing.widest_constraints(
+                gguf.constraints, self.parent.family, self.parent.graph.dims, self.quantizations
+            ),
+            metric=metric.name,
+        )
+        cost = self._cost_model()
+        # what can be refused is refused before the slow part
+        for allocator in recipe.allocators:
+            planner.check_ratio(space, allocator, 0.0)
+        for quantization in self.quantizations:
+            cost(self.parent.graph.dims, quantization)
+        held_out = options.seed + prepare.EVAL_SEED_OFFSET
+        wanted = (
+            (recipe.calibration_samples, recipe.calibration_tokens, options.seed),
+            (recipe.eval_samples, recipe.eval_tokens, held_out),
+        )
+        written = options.calibration is None and options.eval_text is None
+        tokens = prepare.Tokens(self.folder, self.parent, self.progress, together=wanted if written else ())
         calibration_set, calibration_windows = tokens.get(
-            options.calibration,
-            n_samples=recipe.calibration_samples,
-            n_tokens=recipe.calibration_tokens,
-            seed=options.seed,
+            options.calibration, n_samples=wanted[0][0], n_tokens=wanted[0][1], seed=wanted[0][2]
         )
         eval_set, eval_windows = tokens.get(
-            options.eval_text,
-            n_samples=recipe.eval_samples,
-            n_tokens=recipe.eval_tokens,
-            seed=options.seed + prepare.EVAL_SEED_OFFSET,
+            options.eval_text, n_samples=wanted[1][0], n_tokens=wanted[1][1], seed=wanted[1][2]
         )
-        tokens.close()
         stats, scores_record, scores = prepare.calibrate(
             self.folder,
             self.parent,
@@ -216,18 +242,9 @@ class _Job:
             seed=options.seed,
             progress=self.progress,
         )
-        constraints = costing.widest_constraints(
-            gguf.constraints, self.parent.family, self.parent.graph.dims, self.quantizations
+        space = dataclasses.replace(
+            space, scores=scores, poolable=scores_record.poolable, scores_key=scores_record.key
         )
-        space = planner.PlanSpace(
-            graph=self.parent.graph,
-            scores=scores,
-            poolable=scores_record.poolable,
-            constraints=constraints,
-            metric=metric.name,
-            scores_key=scores_record.key,
-        )
-        cost = self._cost_model()
         ladder = costing.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
         most = options.max_candidates or recipe.max_measured
         given = self._given_lane(ladder.plans[0], cost)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -33,11 +33,31 @@ def save_arrays(run: rundir.RunDir, relative: str, arrays: Mapping[str, np.ndarr
 class Tokens:
     """Calibration and held-out windows; the model is loaded once for both when it has to write them."""
 
-    def __init__(self, run: rundir.RunDir, parent: Parent, progress: Progress) -> None:
+    def __init__(
+        self,
+        run: rundir.RunDir,
+        parent: Parent,
+        progress: Progress,
+        *,
+        together: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
+        """`together` lists (samples, tokens, seed) of sets that one pass over the weights can write."""
         self._run = run
         self._parent = parent
         self._progress = progress
-        self._model: object | None = None
+        self._together = tuple(together) if len({tokens for _, tokens, _ in together}) == 1 else ()
+        self._written: dict[tuple[int, int], np.ndarray] = {}
+
+    def _sample(self, n_samples: int, n_tokens: int, seed: int) -> np.ndarray:
+        wanted = (n_samples, seed)
+        if wanted not in self._written:
+            sets = [wanted]
+            if (n_samples, n_tokens, seed) in self._together:
+                sets = [(n, s) for n, _, s in self._together]
+            model = surgery.load(self._parent.folder)
+            arrays = data.sample_sets(model, sets, n_tokens=n_tokens, progress=self._progress)
+            self._written.update(zip(sets, arrays, strict=True))
+        return self._written[wanted]
 
     def get(
         self, text: str | None, *, n_samples: int, n_tokens: int, seed: int
@@ -52,14 +72,13 @@ class Tokens:
         else:
             key_text = "self"
         n_tokens = min(n_tokens, parent.graph.dims.max_context)
-        key = make_key("token_set", parent.key, key_text, n_samples, n_tokens, seed)
+        beside = [list(one) for one in self._together if (n_samples, n_tokens, seed) in self._together]
+        key = make_key("token_set", parent.key, key_text, n_samples, n_tokens, seed, beside)
         relative = f"arrays/tokens-{key}.safetensors"
 
         def compute() -> TokenSet:
             if content is None:
-                windows = data.sample_from_model(
-                    self._load(), n_samples=n_samples, n_tokens=n_tokens, seed=seed, progress=self._progress
-                )
+                windows = self._sample(n_samples, n_tokens, seed)
             else:
                 windows = data.windows(
                     content,
@@ -91,15 +110,6 @@ class Tokens:
             return None
         windows = load_file(path)["tokens"]
         return windows if rundir.sha256_bytes(windows.tobytes()) == record.sha256 else None
-
-    def _load(self) -> object:
-        if self._model is None:
-            self._model = surgery.load(self._parent.folder)
-        return self._model
-
-    def close(self) -> None:
-        """Drop the model; the stages after this need one layer at a time only."""
-        self._model = None
 
 
 def calibrate(

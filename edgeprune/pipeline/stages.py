@@ -99,7 +99,6 @@ def _scores(
     if metric.needs(options):
         tokens = prepare.Tokens(run, parent, progress)
         chosen, windows = tokens.get(on.text, n_samples=on.n_samples, n_tokens=on.n_tokens, seed=on.seed)
-        tokens.close()
         _, record, values = prepare.calibrate(
             run, parent, metric, options, chosen, windows, seed=on.seed, progress=progress
         )
@@ -353,7 +352,6 @@ class _Export:
         _, self.window = tokens.get(
             None, n_samples=1, n_tokens=VERIFY_TOKENS, seed=seed + prepare.EVAL_SEED_OFFSET
         )
-        tokens.close()
         self.expected = calibration.forward(self.parent.source, self.parent.graph.dims, self.window)[0]
 
     def make(
