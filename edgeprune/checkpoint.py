@@ -154,7 +154,12 @@ def skeleton(config: dict[str, Any], dims: ModelDims) -> nn.Module:
     base = hf_config(config)
     family = graphs.find_family(dims.family)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(base, dtype=torch.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"transformers cannot build this config.json: {error!r:.200}"
+            ) from None
         layers = model.get_decoder().layers
         layer_class = type(layers[0])
         for index, shape in enumerate(dims.layers):

@@ -55,11 +55,30 @@ def resolve_model(model: str | None) -> Path:
             )
         )
     except Exception as error:  # the hub client raises a dozen unrelated classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model '{model}' is not a folder here and could not be fetched from the hub: {reason:.200}",
+            f"model '{model}' is not a folder here and could not be fetched from the hub: "
+            f"{hub_reason(error)}",
             "check the name and the network, or give a local folder",
         ) from None
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why the hub client failed, in a few words: its own messages are paragraphs."""
+    seen: BaseException | None = error
+    names = ""
+    while seen is not None:
+        names += f"{type(seen).__name__}: {seen}\n"
+        seen = seen.__cause__ or seen.__context__
+    if "OfflineMode" in names or "outgoing traffic has been disabled" in names:
+        return "HF_HUB_OFFLINE is set and it is not in the cache"
+    if "ConnectError" in names or "ConnectTimeout" in names or "ConnectionError" in names:
+        return "the hub cannot be reached"
+    if "GatedRepo" in names:
+        return "it is gated: accept its terms on huggingface.co and log in with 'hf auth login'"
+    if "RepositoryNotFound" in names:
+        return "the hub does not have it, or it is private"
+    text = str(error).strip()
+    return f"{text.splitlines()[0] if text else type(error).__name__:.200}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,6 +154,8 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             if name != "__metadata__":
                 out[name] = tuple(int(n) for n in entry["shape"])
                 end = max(end, int(entry["data_offsets"][1]))
+                if min(0, *out[name], *map(int, entry["data_offsets"])) < 0:
+                    raise ValueError(name)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise damaged("its header does not describe tensors") from None
     if size != 8 + length + end:

@@ -58,15 +58,33 @@ def friendly_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ConfigError(
-                f"no space left on the disk that holds {path}", "free some space and run the same command again"
-            ) from error
+        # numpy reports a short write without an error number
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and disk_is_full(path)):
+            raise _full(path) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ConfigError(
                 f"cannot write {path}: {error.strerror}", "choose another folder with --out"
             ) from error
         raise
+    except Exception as error:
+        # the safetensors library has its own class, and only its text names the cause
+        if f"(os error {errno.ENOSPC})" in str(error):
+            raise _full(path) from error
+        raise
+
+
+def _full(path: Path) -> ConfigError:
+    return ConfigError(
+        f"no space left on the disk that holds {path}", "free some space and run the same command again"
+    )
+
+
+def disk_is_full(path: Path) -> bool:
+    """Less than 64 KiB is free where `path` is, or would be."""
+    for folder in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free < 1 << 16
+    return False
 
 
 class RunDir:
@@ -75,9 +93,11 @@ class RunDir:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock: Any = None
+        self._new: list[Path] = []  # folders that this run made, outermost last
 
     def __enter__(self) -> RunDir:
         with friendly_disk_errors(self.root):
+            self._new = [p for p in (self.root, *self.root.absolute().parents) if not p.exists()]
             for name in ("records", "artifacts", "arrays"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / ".lock").open("a")
@@ -86,13 +106,23 @@ class RunDir:
         except OSError:
             self._lock.close()
             raise ConfigError(
-                f"another edgeprune run is using {self.root}", "wait for it, or choose another folder with --out"
+                f"another edgeprune run is using {self.root}",
+                "wait for it, or choose another folder with --out",
             ) from None
         self._sweep()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        refused = kind is not None and issubclass(kind, EdgepruneError)
+        if refused and self._new and not (self.root / "log.jsonl").exists():
+            self._remove()  # the command was wrong and nothing was worked out: leave nothing behind
         self._lock.close()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in self._new[1:]:
+                folder.rmdir()
 
     def _sweep(self) -> None:
         # what a killed run left half-written; we hold the lock, so nobody else is writing it
@@ -158,7 +188,9 @@ class RunDir:
         return record
 
     def log(self, event: str, stage: str, key: str, **extra: Any) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": event, "stage": stage, "key": key, **extra})
+        line = json.dumps(
+            {"time": round(time.time(), 3), "event": event, "stage": stage, "key": key, **extra}
+        )
         with friendly_disk_errors(self.root), (self.root / "log.jsonl").open("a", encoding="utf-8") as f:
             f.write(line + "\n")
 

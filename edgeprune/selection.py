@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from edgeprune.records import Budget, Candidate, Limit, Selection, make_key
 from edgeprune.units import format_bytes

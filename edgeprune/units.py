@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from edgeprune.errors import ConfigError
@@ -26,9 +25,10 @@ _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", re.ASCII)
 def parse_bytes(text: str, *, what: str = "size") -> int:
     """Read '6GB' or '512 MiB' as bytes. Raises ConfigError on anything ambiguous ('6G', '6', '6gb')."""
     match = _QUANTITY.fullmatch(text)
+    shown = text if len(text) <= 40 else text[:37] + "…"
     if match is None:
         raise ConfigError(
-            f"{what} '{text}' is not a number followed by a unit",
+            f"{what} '{shown}' is not a number followed by a unit",
             f"write it like 200MB or 1.5GiB; units: {', '.join(BYTE_UNITS)}",
         )
     number, unit = match.groups()
@@ -36,13 +36,13 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
         same = [u for u in BYTE_UNITS if u.lower() == unit.lower() or u.lower() == unit.lower() + "b"]
         guess = f"did you mean {' or '.join(number + u for u in same)}? " if same else ""
         raise ConfigError(
-            f"{what} '{text}' has unknown unit '{unit}'", f"{guess}units: {', '.join(BYTE_UNITS)}"
+            f"{what} '{shown}' has unknown unit '{unit}'", f"{guess}units: {', '.join(BYTE_UNITS)}"
         )
     value = float(number) * BYTE_UNITS[unit]
-    if not math.isfinite(value) or value < 1:
-        raise ConfigError(f"{what} '{text}' must be at least one byte", "give a positive size")
+    if value < 1:
+        raise ConfigError(f"{what} '{shown}' must be at least one byte", "give a positive size")
     if value > 2**60:
-        raise ConfigError(f"{what} '{text}' is beyond any device", "check the unit")
+        raise ConfigError(f"{what} '{shown}' is beyond any device", "check the unit")
     return round(value)
 
 

@@ -331,9 +331,9 @@ def test_budget_refuses_what_is_no_limit(
     with pytest.raises(ConfigError) as caught:
         resolve_budget(make_target(), make_profile(), memory_bytes=0, decode_tps=float("nan"), kl=-1.0)
     assert caught.value.problems == (
-        "limit memory_bytes must be a positive number, not 0",
-        "limit decode_tps must be a positive number, not nan",
-        "limit kl must be a positive number, not -1.0",
+        "--budget must be a positive number, not 0",
+        "--min-tps must be a positive number, not nan",
+        "--max-kl must be a positive number, not -1.0",
     )
 
 

@@ -60,8 +60,14 @@ def resolve_budget(
         "first_token_ms": first_token_ms,
         "kl": kl,
     }
+    options = {
+        "memory_bytes": "--budget",
+        "file_bytes": "--max-file",
+        "decode_tps": "--min-tps",
+        "kl": "--max-kl",
+    }
     problems = [
-        f"limit {name} must be a positive number, not {value}"
+        f"{options.get(name, name)} must be a positive number, not {value}"
         for name, value in given.items()
         if value is not None and not (math.isfinite(value) and value > 0)
     ]

@@ -6,9 +6,11 @@ Key and tensor names follow ggml's `docs/gguf.md` and what llama.cpp's loaders o
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -524,7 +526,13 @@ def quantize(
         }
         job_path = Path(folder) / "job.json"
         job_path.write_text(json.dumps(job), encoding="utf-8")
-        _run_child(job_path, out)
+        try:
+            _run_child(job_path, out)
+        except StageError as error:
+            # looked at before the unfinished file goes and makes room again
+            if rundir.disk_is_full(out):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+            raise
 
 
 def _matrices(types: Mapping[str, str]) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,15 @@ def config_int(
             f"config.json: '{key}' is {value}, beyond {limit}", "the file looks damaged"
         )
     return value
+
+
+def config_float(config: dict[str, Any], key: str, default: float) -> float:
+    """Read a positive number of config.json. Raises UnsupportedModelError naming the key."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UnsupportedModelError(f"config.json: '{key}' is {value!r:.60}, expected a positive number")
+    return float(value)
 
 
 def config_layers(config: dict[str, Any], n_layers: int, dense: LayerShape) -> tuple[LayerShape, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgeprune.errors import UnsupportedModelError
-from edgeprune.families.base import Family, check_layers, config_int, config_layers
+from edgeprune.families.base import Family, check_layers, config_float, config_int, config_layers
 from edgeprune.records import LayerShape, ModelDims
 
 
@@ -34,7 +34,7 @@ def read_dims(config: dict[str, Any]) -> ModelDims:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_eps=config_float(config, "rms_norm_eps", 1e-6),
         layers=layers,
     )
 
