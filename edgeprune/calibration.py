@@ -251,12 +251,6 @@ def collect(
     return arrays
 
 
-def _unmap(source: checkpoint.Source) -> None:
-    """Pages of mapped shards count as resident until the map goes; it comes back with the next tensor."""
-    if isinstance(source, checkpoint.SafetensorsSource):
-        source.close()
-
-
 class _Walk:
     """The stream [N, T, d] on its way through the layers of a model, one at a time."""
 
@@ -310,7 +304,7 @@ class _Walk:
         """Raises ConfigError when the stream is not finite. Drops file pages that were read so far."""
         if not bool(torch.isfinite(self.stream).all()):
             raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
-        _unmap(self._source)
+        self._source.close()
 
 
 def forward(
@@ -358,7 +352,7 @@ def score(
             view = View(family, graph.dims, layer, source, arrays, {}, shared)
             for axis in axes:
                 out[axis.name] = _axis_scores(metric, options, view, axis, seed)
-            _unmap(source)
+            source.close()
             bar.advance()
     return out
 

@@ -30,6 +30,9 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def tensor(self, name: str) -> torch.Tensor: ...
+    def close(self) -> None:
+        """Let go of mapped files, so that their pages leave memory; the next tensor opens them again."""
+        ...
 
 
 def _file_fingerprint(path: Path, digest: Any) -> None:

@@ -107,3 +107,6 @@ class CompensatedSource:
         if name not in self._had and name in self._shapes:
             return torch.zeros(self._shapes[name])
         return self._source.tensor(name)
+
+    def close(self) -> None:
+        self._source.close()

@@ -254,8 +254,7 @@ class _Model:
 
     def unmap(self) -> None:
         # pages of mapped shards count as resident until the map goes
-        if isinstance(self.source, checkpoint.SafetensorsSource):
-            self.source.close()
+        self.source.close()
 
     def top_(self, stream: torch.Tensor, *, gradient: bool) -> torch.Tensor:
         """Mean loss of every sample, [N] float64. With `gradient`, `stream` becomes dloss_n/dstream.

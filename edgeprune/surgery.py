@@ -76,6 +76,9 @@ class PrunedSource:
             value = value.index_select(dim, index)
         return value.contiguous()
 
+    def close(self) -> None:
+        self._source.close()
+
 
 def save(
     folder: Path,
@@ -117,6 +120,7 @@ def _write_shards(part: Path, source: checkpoint.Source, shapes: Mapping[str, tu
             save_file(held, part / f"shard-{len(shards):05d}.safetensors", metadata={"format": "pt"})
             shards.append(list(held))
             held, size = {}, 0
+            source.close()
 
     for name, shape in shapes.items():
         tensor = source.tensor(name)

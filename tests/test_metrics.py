@@ -481,6 +481,9 @@ class Permuted:
             value = value.index_select(dim, index)
         return value
 
+    def close(self) -> None:
+        self._source.close()
+
 
 @pytest.mark.parametrize("kind", ["gqa", "bias"])
 def test_permuting_units_permutes_scores(folders: Callable[[str], Path], kind: str) -> None:

@@ -17,8 +17,9 @@ from builders import logits, tiny_llama, uneven_llama
 from safetensors.torch import load_file
 
 import edgeprune
-from edgeprune import checkpoint, graph, planner, surgery
+from edgeprune import calibration, checkpoint, gradients, graph, planner, surgery
 from edgeprune.families.base import LAYER_LIST_KEY
+from edgeprune.metrics.base import Need
 from edgeprune.pipeline.light import hand_constraints
 from edgeprune.records import PrunePlan, loads
 
@@ -110,6 +111,38 @@ def test_ratio_zero_is_the_identity(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     old = json.loads((folder / "config.json").read_text())
     assert {k: config[k] for k in old} == old
+
+
+class Counting(checkpoint.SafetensorsSource):
+    """Counts how often its shards are let go."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        super().close()
+
+
+def test_shards_are_let_go_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_llama(tmp_path / "dense")
+    source = Counting(folder)
+    built = graph.build(source.config)
+    pruned = surgery.PrunedSource(source, built, KEPT)
+    after = graph.graph_of(graph.find_family("llama"), graph.prune_dims(built, KEPT))
+    windows = np.asarray([TOKENS])
+    calibration.collect(pruned, after, windows, frozenset((Need.DOWN_IN_SQUARES,)))
+    assert source.closed == 3  # once per layer
+    source.closed = 0
+    gradients.collect(pruned, after, windows, frozenset((Need.SAMPLE_VECTOR,)))
+    assert source.closed == 7  # forward, the loss, backward
+    source.closed = 0
+    monkeypatch.setattr(surgery, "_SHARD_BYTES", 40_000)
+    surgery.save(tmp_path / "out", pruned, after.shapes)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert source.closed == len(shards) > 3
+    saved = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert set(saved) == set(after.shapes)
+    assert all(torch.equal(tensor, pruned.tensor(name)) for name, tensor in saved.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -52,6 +52,9 @@ class _AsF16:
             raise ConfigError(f"tensor {name} holds values beyond F16", "use the model's safetensors instead")
         return value
 
+    def close(self) -> None:
+        """Tensors are read, not mapped."""
+
 
 def import_gguf(path: Path, folder: Path) -> None:
     """Write a GGUF parent as a Hugging Face folder: F16 safetensors, config and tokenizer."""
