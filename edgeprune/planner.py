@@ -69,9 +69,14 @@ def kept_indices(space: PlanSpace, widths: Widths) -> dict[str, tuple[int, ...]]
     for axis in space.graph.axes:
         width = widths[axis.name]
         if width < axis.n_units:
-            order = np.argsort(-np.asarray(space.scores[axis.name], dtype=np.float64), kind="stable")
-            kept[axis.name] = tuple(int(i) for i in np.sort(order[:width]))
+            kept[axis.name] = best_units(space.scores[axis.name], width)
     return kept
+
+
+def best_units(scores: Array, width: int) -> tuple[int, ...]:
+    """Sorted indices of the `width` highest scores; ties keep the lower index."""
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    return tuple(int(i) for i in np.sort(order[:width]))
 
 
 def protected_layers(n_layers: int) -> frozenset[int]:
@@ -236,13 +241,26 @@ def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
         )
 
 
-def plan_ratio(space: PlanSpace, allocator: str, ratio: float, *, tolerance: float = 0.05) -> PrunePlan:
-    """One plan for a ratio of decoder-layer parameters given by hand.
+def widths_for(space: PlanSpace, allocator: str, ratio: float) -> Widths:
+    """Units that each axis keeps at a ratio; 'uniform' needs no scores. Raises what `plan_ratio` does."""
+    check_ratio(space, allocator, ratio)
+    return _WIDTHS[allocator](space, ratio)
+
+
+def plan_ratio(
+    space: PlanSpace,
+    allocator: str,
+    ratio: float,
+    *,
+    tolerance: float = 0.05,
+    widths: Widths | None = None,
+) -> PrunePlan:
+    """One plan for a ratio of decoder-layer parameters given by hand, with these widths when they are given.
 
     Raises InfeasibleError with the highest reachable ratio, ConfigError for a ratio outside 0 … 1.
     """
-    check_ratio(space, allocator, ratio)
-    plan = make_plan(space, allocator, ratio, _WIDTHS[allocator](space, ratio))
+    found = widths_for(space, allocator, ratio)
+    plan = make_plan(space, allocator, ratio, found if widths is None else widths)
     if abs(plan.ratio - ratio) > tolerance:
         return dataclasses.replace(plan, binding="widths that the export can load")
     return plan
@@ -357,7 +375,7 @@ def lanes(ladder: PlanLadder, quantizations: Sequence[str], cost: CostOf, *, mos
                     mildest.append((min(fitting, key=lambda p: p.ratio).id, q))
     mildest.sort(key=lambda pair: next(p.ratio for p in pruned if p.id == pair[0]))
     extra = [(p.id, q) for p in pruned for q in dense_fit if costs[p.id, q].fits]
-    room = most - 1 if (mildest or extra) and len(first) >= most else most
+    room = most - 1 if (mildest or extra) and 1 < most <= len(first) else most
     for pair in first[:room]:
         chosen[pair] = "the dense model at every type that fits"
     for pair in mildest:

@@ -257,6 +257,16 @@ class CalibrationStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankStability:
+    """Spearman correlation of one unit kind's scores between calibration seeds, per axis, over its axes."""
+
+    unit: str
+    axes: int
+    mean: float
+    minimum: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImportanceScores:
     """One float per unit and axis, higher = keep; the arrays lie beside the record."""
 
@@ -267,6 +277,8 @@ class ImportanceScores:
     arrays: str
     arrays_sha256: str
     key: str
+    seeds: tuple[int, ...] = ()  # calibration draws that were averaged; empty: one draw
+    stability: tuple[RankStability, ...] = ()  # between those draws
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ LAYERS = {
     "graph": 4,
     "metrics": 5,
     "planner": 5,
+    "stability": 5,
     "verify": 5,
     "locate": 5,
     "checkpoint": 6,
