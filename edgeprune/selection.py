@@ -58,7 +58,8 @@ def misses(budget: Budget, candidate: Candidate) -> list[tuple[str, float]]:
             over = size - budget.file_bytes.value
             out.append(
                 (
-                    f"file: {format_bytes(size)} {word}, {format_bytes(over)} over {_limit_text(budget.file_bytes)}",
+                    f"file: {format_bytes(size)} {word}, {format_bytes(over)} over "
+                    f"{_limit_text(budget.file_bytes)}",
                     over / budget.file_bytes.value,
                 )
             )
@@ -104,8 +105,7 @@ def select(budget: Budget, candidates: Sequence[Candidate], tie: Tie) -> Selecti
         nearest, missed = _nearest(budget, candidates)
         for c in candidates:
             reasons[c.id] = _why_not(budget, c)
-        name = nearest.id if nearest else "none"
-        headline = f"Nothing fits the budget. Nearest: {name}; missed {'; '.join(missed) or 'every limit'}."
+        headline = _nothing(candidates, nearest, missed)
         return Selection(
             selected=None,
             ties=(),
@@ -182,13 +182,23 @@ def _why_not(budget: Budget, candidate: Candidate) -> str:
     return "misses " + "; ".join(missed) if missed else candidate.reason
 
 
+def _nothing(candidates: Sequence[Candidate], nearest: Candidate | None, missed: Sequence[str]) -> str:
+    failed = [c for c in candidates if c.error is not None]
+    why = f" {len(failed)} failed, the first, {failed[0].id}: {failed[0].error}." if failed else ""
+    if nearest is None:
+        return f"No candidate could be measured.{why}"
+    return f"Nothing fits the budget. Nearest: {nearest.id}; missed {'; '.join(missed)}.{why}"
+
+
 def _nearest(budget: Budget, candidates: Sequence[Candidate]) -> tuple[Candidate | None, list[str]]:
     best: tuple[float, Candidate, list[str]] | None = None
     for c in candidates:
         if c.error is not None:
             continue
         found = misses(budget, c)
-        worst = max((size for _, size in found), default=0.0)
+        if not found:
+            continue  # not measured, so nothing is known that it misses
+        worst = max(size for _, size in found)
         if best is None or worst < best[0]:
             best = (worst, c, [text for text, _ in found])
     return (None, []) if best is None else (best[1], best[2])

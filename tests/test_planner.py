@@ -321,6 +321,12 @@ def test_one_pruned_plan_is_always_measured() -> None:
     assert [lane.id for lane in lanes if lane.measure] == ["dense@Q8_0", f"{ladder.plans[1].id}@Q8_0"]
 
 
+def test_a_single_measurement_is_the_dense_model() -> None:
+    room = small()
+    lanes = planner.lanes(ladder_of(room, 0.2), ("Q8_0", "Q4_0"), table_cost(room, 1e9), most=1)
+    assert [lane.id for lane in lanes if lane.measure] == ["dense@Q8_0"]
+
+
 def test_nothing_that_fits_means_nothing_to_measure() -> None:
     room = small()
     lanes = planner.lanes(ladder_of(room, 0.2), ("Q8_0",), table_cost(room, 1), most=9)

@@ -256,6 +256,33 @@ def test_a_full_disk_while_a_stage_works(tmp_path: Path) -> None:
         assert run.find(Artifact, "k1") is None
 
 
+def test_a_library_that_names_the_full_disk_only_in_its_text() -> None:
+    from safetensors import SafetensorError
+
+    with pytest.raises(ConfigError) as caught, friendly_disk_errors(Path("/runs")):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert caught.value.message == "no space left on the disk that holds /runs"
+    with pytest.raises(SafetensorError), friendly_disk_errors(Path("/runs")):
+        raise SafetensorError("InvalidHeaderLength")
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_refused_command_leaves_no_new_folder(tmp_path: Path, existed: bool) -> None:
+    root = tmp_path / "runs" / "deep" / "run"
+    if existed:
+        root.mkdir(parents=True)
+    with pytest.raises(ConfigError), RunDir(root):
+        raise ConfigError("no such model")
+    assert root.exists() == (tmp_path / "runs").exists() == existed
+
+
+def test_a_run_that_did_something_keeps_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError), RunDir(tmp_path / "run") as run:
+        run.stage(Artifact, "k1", lambda: artifact(), name="export")
+        raise ConfigError("later")
+    assert (tmp_path / "run" / "records" / "artifact-k1.json").is_file()
+
+
 def test_records_on_disk_are_what_records_write(tmp_path: Path) -> None:
     with RunDir(tmp_path) as run:
         run.write(artifact())

@@ -117,6 +117,23 @@ def test_nothing_fits_names_the_nearest_and_the_limit() -> None:
     assert chosen.reasons["never measured"] == "planned"
 
 
+def test_what_was_not_measured_is_not_the_nearest() -> None:
+    """Its quality is unknown: it cannot be said to have missed anything."""
+    found = [candidate("unknown", memory=None, kl=None), candidate("tried", kl=0.5)]
+    limits = budget(kl=limit(0.1, "nats/token"))
+    assert selection.misses(limits, found[0]) == []
+    chosen = choose(limits, found)
+    assert (chosen.nearest, chosen.missed) == ("tried", ("quality: KL 0.500, limit 0.1",))
+    assert chosen.headline == "Nothing fits the budget. Nearest: tried; missed quality: KL 0.500, limit 0.1."
+
+
+def test_when_everything_failed_the_first_failure_is_named() -> None:
+    found = [candidate("a", error="differs from torch"), candidate("b", error="crashed")]
+    chosen = choose(budget(), found)
+    assert (chosen.selected, chosen.nearest, chosen.missed) == (None, None, ())
+    assert chosen.headline == "No candidate could be measured. 2 failed, the first, a: differs from torch."
+
+
 def test_misses_say_measured_or_predicted() -> None:
     limits = budget(100e6, file_bytes=limit(50e6), decode_tps=limit(60.0, "tokens/s"))
     measured = [text for text, _ in selection.misses(limits, candidate("a"))]

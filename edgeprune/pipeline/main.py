@@ -17,7 +17,7 @@ from edgeprune.config import budget as budgets
 from edgeprune.config.targets import with_detected
 from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
-from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError
+from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
 from edgeprune.pipeline import costing, prepare
 from edgeprune.pipeline import lane as lanes
@@ -65,6 +65,7 @@ class RunOptions:
     mode: str | None
     command: tuple[str, ...]
     metric_options: dict[str, str] = field(default_factory=dict)
+    calibration_seeds: int = 1  # draws with seed, seed + 1, …; scores are averaged
 
 
 def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
@@ -138,6 +139,8 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             context={**context, "target_choice": took},
         )
         report_build.write(folder, report)
+    if chosen.selected is None and chosen.nearest is None:
+        raise StageError(chosen.headline, "report.json holds what each one said")
     if chosen.selected is None:
         raise InfeasibleError(
             chosen.headline, "raise the limit it missed, or ask for a shorter context (--profile tiny-512)"
@@ -204,6 +207,8 @@ class _Job:
         self, metric: Any, metric_options: dict[str, str]
     ) -> tuple[list[Candidate], Selection, dict[str, Any]]:
         recipe, options = self.profile.recipe, self.options
+        # one set of scores serves all rungs of the ladder
+        metric_options = prepare.dense_options(metric, metric_options, self.progress)
         space = planner.PlanSpace(
             graph=self.parent.graph,
             scores={},
@@ -220,27 +225,32 @@ class _Job:
         for quantization in self.quantizations:
             cost(self.parent.graph.dims, quantization)
         held_out = options.seed + prepare.EVAL_SEED_OFFSET
+        seeds = range(options.seed, options.seed + options.calibration_seeds)
         wanted = (
-            (recipe.calibration_samples, recipe.calibration_tokens, options.seed),
+            *((recipe.calibration_samples, recipe.calibration_tokens, seed) for seed in seeds),
             (recipe.eval_samples, recipe.eval_tokens, held_out),
         )
         written = options.calibration is None and options.eval_text is None
         tokens = prepare.Tokens(self.folder, self.parent, self.progress, together=wanted if written else ())
-        calibration_set, calibration_windows = tokens.get(
-            options.calibration, n_samples=wanted[0][0], n_tokens=wanted[0][1], seed=wanted[0][2]
-        )
+        drawn = [
+            tokens.get(options.calibration, n_samples=n, n_tokens=t, seed=seed) for n, t, seed in wanted[:-1]
+        ]
+        calibration_set = drawn[0][0]
         eval_set, eval_windows = tokens.get(
-            options.eval_text, n_samples=wanted[1][0], n_tokens=wanted[1][1], seed=wanted[1][2]
+            options.eval_text, n_samples=wanted[-1][0], n_tokens=wanted[-1][1], seed=wanted[-1][2]
         )
-        stats, scores_record, scores = prepare.calibrate(
-            self.folder,
-            self.parent,
-            metric,
-            metric_options,
-            calibration_set,
-            calibration_windows,
-            seed=options.seed,
-            progress=self.progress,
+        scored = []
+        stats: dict[str, np.ndarray] = {}  # of the first draw: quantization wants one
+        for seed, (chosen_set, windows) in zip(seeds, drawn, strict=True):
+            found, record, values = prepare.calibrate(
+                *(self.folder, self.parent, metric, metric_options, chosen_set, windows),
+                seed=seed,
+                progress=self.progress,
+            )
+            stats = stats or found
+            scored.append((record, values))
+        scores_record, scores = prepare.over_seeds(
+            self.folder, self.parent, metric, metric_options, seeds, scored, self.progress
         )
         space = dataclasses.replace(
             space, scores=scores, poolable=scores_record.poolable, scores_key=scores_record.key
