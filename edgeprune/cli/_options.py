@@ -40,9 +40,23 @@ def metric_option_option(command: F) -> F:
     )(command)
 
 
+def calibration_seeds_option(command: F) -> F:
+    """Add --calibration-seeds."""
+    return click.option(
+        "--calibration-seeds",
+        type=click.IntRange(min=1, max=100),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Draw the calibration N times, with seeds from --seed on, average the scores and report "
+        "how stable their ranks are.",
+    )(command)
+
+
 def calibration_options(command: F) -> F:
-    """Add --calibration, --samples, --length and --seed."""
+    """Add --calibration, --samples, --length, --seed and --calibration-seeds."""
     for decorate in (
+        calibration_seeds_option,
         click.option(
             "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -47,3 +47,15 @@ def echo_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         click.echo(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def stability_pairs(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lines about `light.describe_scores`; none for a single calibration seed."""
+    return [
+        (
+            f"rank stability {row['unit']}",
+            f"Spearman {row['mean']:.3f} between {len(scores['seeds'])} seeds, "
+            f"lowest {row['minimum']:.3f} of {row['axes']} axes",
+        )
+        for row in scores["rank_stability"]
+    ]

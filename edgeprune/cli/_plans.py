@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.cli._output import echo_json, echo_pairs
+from edgeprune.cli._output import echo_json, echo_pairs, stability_pairs
 
 
-def echo_plan(figures: dict[str, Any], path: Path, form: str, *, asked: str | None = None) -> None:
+def echo_plan(
+    figures: dict[str, Any],
+    path: Path,
+    form: str,
+    *,
+    asked: str | None = None,
+    scores: dict[str, Any] | None = None,
+) -> None:
     """Print the figures of `light.describe_plan` and where the result lies.
 
-    `asked` says what was asked for when it was not a ratio.
+    `asked` says what was asked for when it was not a ratio; `scores` is of `light.describe_scores`.
     """
     if form == "json":
-        echo_json({**figures, "path": str(path)})
+        echo_json({**figures, **({"scores": scores} if scores else {}), "path": str(path)})
         return
     ratio, whole = figures["ratio"], figures["ratio_all"]
     pairs = [
@@ -27,7 +34,7 @@ def echo_plan(figures: dict[str, Any], path: Path, form: str, *, asked: str | No
     ]
     if figures["binding"]:
         pairs.append(("held back by", figures["binding"]))
-    echo_pairs([*pairs, ("written to", str(path))])
+    echo_pairs([*pairs, *(stability_pairs(scores) if scores else ()), ("written to", str(path))])
 
 
 def _widths(figures: dict[str, Any], column: int) -> str:

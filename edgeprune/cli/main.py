@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from edgeprune import __version__, registry
-from edgeprune.cli._options import metric_option_option
+from edgeprune.cli._options import calibration_seeds_option, metric_option_option
 from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError
 from edgeprune.units import parse_bytes
 
@@ -126,6 +126,7 @@ class _Verbs(click.Group):
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
 )
+@calibration_seeds_option
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to use. Default: the best found."
 )
@@ -177,6 +178,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         calibration=given["calibration"],
         eval_text=given["eval_text"],
         seed=given["seed"],
+        calibration_seeds=given["calibration_seeds"],
         threads=given["threads"],
         max_candidates=given["max_candidates"],
         quantizations=given["quantizations"],

@@ -26,6 +26,7 @@ _DECIDED = (
     "samples",
     "length",
     "seed",
+    "calibration_seeds",
     "allocator",
     "protect_first",
     "protect_last",
@@ -65,6 +66,7 @@ def command(
     samples: int,
     length: int,
     seed: int,
+    calibration_seeds: int,
     out: Path,
     form: str,
 ) -> None:
@@ -87,17 +89,24 @@ def command(
     from edgeprune.cli._progress import open_progress
     from edgeprune.pipeline import light, stages
 
+    figures = None
     with open_progress() as progress:
         if plan_file is not None:
             made, before = stages.prune_to_plan(model, out, plan_file=plan_file, progress=progress)
         else:
             assert ratio is not None
-            made, before = stages.prune(
+            made, before, scores = stages.prune(
                 model,
                 out,
                 metric_name=metric,
                 metric_options=metric_options,
-                on=stages.Calibration(text=calibration, n_samples=samples, n_tokens=length, seed=seed),
+                on=stages.Calibration(
+                    text=calibration,
+                    n_samples=samples,
+                    n_tokens=length,
+                    seed=seed,
+                    n_seeds=calibration_seeds,
+                ),
                 cut=stages.Cut(
                     ratio=ratio,
                     allocator=allocator,
@@ -107,4 +116,5 @@ def command(
                 ),
                 progress=progress,
             )
-    echo_plan(light.describe_plan(made, before), out, form)
+            figures = light.describe_scores(scores)
+    echo_plan(light.describe_plan(made, before), out, form, scores=figures)

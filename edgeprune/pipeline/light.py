@@ -361,6 +361,19 @@ def describe_plan(made: PrunePlan, before: ModelGraph) -> dict[str, Any]:
     }
 
 
+def describe_scores(made: ImportanceScores) -> dict[str, Any]:
+    """How scores came about, as plain values: metric, switches, seeds and rank stability between them."""
+    return {
+        "metric": made.metric,
+        "metric_options": dict(made.options),
+        "poolable": made.poolable,
+        "seeds": list(made.seeds),
+        "rank_stability": [
+            {"unit": s.unit, "axes": s.axes, "mean": s.mean, "minimum": s.minimum} for s in made.stability
+        ],
+    }
+
+
 # ---------------------------------------------------------------- bench
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import edgeprune
-from edgeprune import calibration, data, gradients, registry, rundir, surgery, tokenizer
-from edgeprune.metrics.base import Metric
+from edgeprune import calibration, data, gradients, planner, registry, rundir, stability, surgery, tokenizer
+from edgeprune.metrics.base import Metric, is_sequential
 from edgeprune.pipeline.parent import Parent
 from edgeprune.progress import Progress
 from edgeprune.records import (
     CalibrationStats,
     ImportanceScores,
+    RankStability,
     TokenSet,
     make_key,
 )
@@ -145,30 +146,151 @@ def calibrate(
             key=key,
         )
 
-    def intact(stored: CalibrationStats | ImportanceScores) -> bool:
-        path = run.path(stored.arrays)
-        return path.is_file() and rundir.sha256_file(path) == stored.arrays_sha256
-
-    stats = run.stage(CalibrationStats, key, collect, name="calibrate", valid=intact)
+    stats = run.stage(CalibrationStats, key, collect, name="calibrate", valid=lambda r: _intact(run, r))
     arrays = load_file(run.path(stats.arrays))
-    score_key = make_key("importance_scores", key, metric.name, dict(options), seed)
-    score_path = f"arrays/scores-{score_key}.safetensors"
-
-    def score() -> ImportanceScores:
-        values = calibration.score(
+    record, values = _store(
+        run,
+        metric,
+        options,
+        make_key("importance_scores", key, metric.name, dict(options), seed),
+        lambda: calibration.score(
             metric, options, parent.source, parent.graph, arrays, seed=seed, progress=progress
-        )
+        ),
+    )
+    return arrays, record, values
+
+
+def _intact(run: rundir.RunDir, stored: CalibrationStats | ImportanceScores) -> bool:
+    path = run.path(stored.arrays)
+    return path.is_file() and rundir.sha256_file(path) == stored.arrays_sha256
+
+
+def _store(
+    run: rundir.RunDir,
+    metric: Metric,
+    options: Mapping[str, str],
+    key: str,
+    compute: Callable[[], Mapping[str, np.ndarray]],
+    *,
+    seeds: tuple[int, ...] = (),
+    between: tuple[RankStability, ...] = (),
+) -> tuple[ImportanceScores, dict[str, np.ndarray]]:
+    """Scores under a key, computed only when they are not in the run folder yet."""
+    path = f"arrays/scores-{key}.safetensors"
+
+    def make() -> ImportanceScores:
+        values = compute()
         return ImportanceScores(
             metric=metric.name,
             options=dict(options),
             poolable=metric.poolable(options),
-            arrays=score_path,
-            arrays_sha256=save_arrays(run, score_path, values),
-            key=score_key,
+            arrays=path,
+            arrays_sha256=save_arrays(run, path, values),
+            key=key,
+            seeds=seeds,
+            stability=between,
         )
 
-    record = run.stage(ImportanceScores, score_key, score, name="score", valid=intact)
-    return arrays, record, load_file(run.path(record.arrays))
+    record = run.stage(ImportanceScores, key, make, name="score", valid=lambda r: _intact(run, r))
+    return record, load_file(run.path(record.arrays))
+
+
+def score_plain(
+    run: rundir.RunDir,
+    parent: Parent,
+    metric: Metric,
+    options: Mapping[str, str],
+    *,
+    seed: int,
+    progress: Progress,
+) -> tuple[ImportanceScores, dict[str, np.ndarray]]:
+    """Scores of a metric that wants no statistics."""
+    return _store(
+        run,
+        metric,
+        options,
+        make_key("importance_scores", parent.key, metric.name, dict(options), seed),
+        lambda: calibration.score(
+            metric, options, parent.source, parent.graph, {}, seed=seed, progress=progress
+        ),
+    )
+
+
+def score_in_order(
+    run: rundir.RunDir,
+    parent: Parent,
+    metric: Metric,
+    options: Mapping[str, str],
+    tokens: TokenSet,
+    windows: np.ndarray,
+    widths: Mapping[str, int],
+    *,
+    seed: int,
+    progress: Progress,
+) -> tuple[ImportanceScores, dict[str, np.ndarray]]:
+    """Scores of a sequential metric: each layer sees the output of those before it, cut to `widths`."""
+    return _store(
+        run,
+        metric,
+        options,
+        make_key("importance_scores", parent.key, tokens.key, metric.name, dict(options), seed, dict(widths)),
+        lambda: (
+            calibration.score_sequential(
+                metric,
+                options,
+                parent.source,
+                parent.graph,
+                windows,
+                lambda axis, scores: planner.best_units(scores, widths[axis.name]),
+                seed=seed,
+                progress=progress,
+            ).scores
+        ),
+    )
+
+
+def over_seeds(
+    run: rundir.RunDir,
+    parent: Parent,
+    metric: Metric,
+    options: Mapping[str, str],
+    seeds: Sequence[int],
+    draws: Sequence[tuple[ImportanceScores, dict[str, np.ndarray]]],
+    progress: Progress,
+) -> tuple[ImportanceScores, dict[str, np.ndarray]]:
+    """Mean scores of several calibration draws and how stable their ranks are; one draw stays as it is."""
+    if len(draws) == 1:
+        return draws[0]
+    values = [scores for _, scores in draws]
+    found = stability.rank_stability(values, parent.graph.axes)
+    record, mean = _store(
+        run,
+        metric,
+        options,
+        make_key("importance_scores", "mean", [record.key for record, _ in draws]),
+        lambda: stability.mean_scores(values, poolable=metric.poolable(options)),
+        seeds=tuple(seeds),
+        between=found,
+    )
+    progress.say(f"rank stability: {describe_stability(record)}")
+    return record, mean
+
+
+def describe_stability(record: ImportanceScores) -> str:
+    """One line: Spearman between the calibration seeds, by kind of unit."""
+    kinds = [f"{s.unit} {s.mean:.3f} (lowest axis {s.minimum:.3f})" for s in record.stability]
+    return f"Spearman between {len(record.seeds)} seeds: {', '.join(kinds) or 'nothing to rank'}"
+
+
+def dense_options(metric: Metric, options: Mapping[str, str], progress: Progress) -> dict[str, str]:
+    """The switches that hold where no widths are known yet, so that no layer can be cut before the next."""
+    if not is_sequential(options):
+        return dict(options)
+    progress.say(
+        f"{metric.name}: sequential=yes needs one ratio, as 'edgeprune prune' has; "
+        "here the dense model's statistics are used (sequential=no)"
+    )
+    return {**options, "sequential": "no"}
 
 
 def load_metric(name: str, given: Mapping[str, str]) -> tuple[Metric, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from edgeprune.costs.gguf_types import FLOATS, check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, StageError
 from edgeprune.exporters import gguf
-from edgeprune.metrics.base import Metric
+from edgeprune.metrics.base import Metric, is_sequential
 from edgeprune.pipeline import light, prepare
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import PlanSpace
@@ -30,7 +31,6 @@ from edgeprune.records import (
     PrunePlan,
     TokenSet,
     dumps,
-    make_key,
 )
 from edgeprune.runtimes import llama_cpp
 
@@ -48,6 +48,7 @@ class Calibration:
     n_samples: int
     n_tokens: int
     seed: int
+    n_seeds: int = 1  # draws with seed, seed + 1, …
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,28 +95,38 @@ def _scores(
     options: dict[str, str],
     on: Calibration,
     progress: Progress,
+    widths: Mapping[str, int] | None = None,
 ) -> tuple[TokenSet | None, ImportanceScores, dict[str, np.ndarray]]:
-    """Score every axis; a metric that needs no statistics is given none, and no text is made for it."""
-    if metric.needs(options):
-        tokens = prepare.Tokens(run, parent, progress)
-        chosen, windows = tokens.get(on.text, n_samples=on.n_samples, n_tokens=on.n_tokens, seed=on.seed)
-        _, record, values = prepare.calibrate(
-            run, parent, metric, options, chosen, windows, seed=on.seed, progress=progress
-        )
-        return chosen, record, values
-    values = calibration.score(
-        metric, options, parent.source, parent.graph, {}, seed=on.seed, progress=progress
-    )
-    relative = "arrays/scores.safetensors"
-    record = ImportanceScores(
-        metric=metric.name,
-        options=options,
-        poolable=metric.poolable(options),
-        arrays=relative,
-        arrays_sha256=prepare.save_arrays(run, relative, values),
-        key=make_key("importance_scores", parent.key, metric.name, options, on.seed),
-    )
-    return None, record, values
+    """Score every axis, once per calibration seed; the tokens are those of the first.
+
+    With `widths`, layer after layer. A metric that needs no statistics is given none, and no text is made
+    for it.
+    """
+    seeds = range(on.seed, on.seed + on.n_seeds)
+    wanted = metric.needs(options)
+    together = [(on.n_samples, on.n_tokens, seed) for seed in seeds] if on.text is None else []
+    tokens = prepare.Tokens(run, parent, progress, together=together if on.n_seeds > 1 else ())
+    first: TokenSet | None = None
+    draws = []
+    for seed in seeds:
+        if not wanted:
+            draws.append(prepare.score_plain(run, parent, metric, options, seed=seed, progress=progress))
+            continue
+        chosen, windows = tokens.get(on.text, n_samples=on.n_samples, n_tokens=on.n_tokens, seed=seed)
+        first = first or chosen
+        if widths is not None:
+            draws.append(
+                prepare.score_in_order(
+                    *(run, parent, metric, options, chosen, windows, widths), seed=seed, progress=progress
+                )
+            )
+        else:
+            _, record, values = prepare.calibrate(
+                run, parent, metric, options, chosen, windows, seed=seed, progress=progress
+            )
+            draws.append((record, values))
+    record, values = prepare.over_seeds(run, parent, metric, options, seeds, draws, progress)
+    return first, record, values
 
 
 def score(
@@ -139,6 +150,7 @@ def score(
     metric, options = prepare.load_metric(metric_name, metric_options)
     with scratch(out) as run:
         parent = open_parent(model, run)
+        options = prepare.dense_options(metric, options, progress)
         tokens, record, _ = _scores(run, parent, metric, options, on, progress)
         made = light.ScoreFile(
             model=parent.name,
@@ -179,10 +191,11 @@ def prune(
     on: Calibration,
     cut: Cut,
     progress: Progress,
-) -> tuple[PrunePlan, ModelGraph]:
+) -> tuple[PrunePlan, ModelGraph, ImportanceScores]:
     """Calibrate, score, plan and cut; `out` becomes a Hugging Face folder with its plan inside.
 
-    Returns the plan and the dense graph. Raises InfeasibleError with the highest reachable ratio.
+    Returns the plan, the dense graph and the record of the scores. Raises InfeasibleError with the highest
+    reachable ratio.
     """
     out = out.absolute()
     _check_out_folder(out, model)
@@ -201,19 +214,35 @@ def prune(
         )
         # what can be refused is refused before the slow part
         planner.check_ratio(space, cut.allocator, cut.ratio)
-        _, record, values = _scores(run, parent, metric, options, on, progress)
-        scored = PlanSpace(
-            graph=space.graph,
-            scores=values,
-            poolable=record.poolable,
-            constraints=space.constraints,
-            metric=metric.name,
-            protected=space.protected,
-            scores_key=record.key,
-        )
-        plan = planner.plan_ratio(scored, cut.allocator, cut.ratio)
+        widths = None
+        if is_sequential(options):
+            widths = _widths_in_order(run, parent, metric, options, on, cut, space, progress)
+        _, record, values = _scores(run, parent, metric, options, on, progress, widths)
+        scored = dataclasses.replace(space, scores=values, poolable=record.poolable, scores_key=record.key)
+        plan = planner.plan_ratio(scored, cut.allocator, cut.ratio, widths=widths)
         _cut(run, parent, plan, out, progress)
-        return plan, parent.graph
+        return plan, parent.graph, record
+
+
+def _widths_in_order(
+    run: rundir.RunDir,
+    parent: Parent,
+    metric: Metric,
+    options: dict[str, str],
+    on: Calibration,
+    cut: Cut,
+    space: PlanSpace,
+    progress: Progress,
+) -> dict[str, int]:
+    """Widths to cut to while scoring. A pooling allocator takes them from the dense model's scores."""
+    if cut.allocator != "uniform":
+        progress.say(
+            f"{metric.name} sequential=yes: widths from the dense model's scores, units from the pruned one's"
+        )
+        dense = {**options, "sequential": "no"}
+        _, _, values = _scores(run, parent, metric, dense, on, progress)
+        space = dataclasses.replace(space, scores=values)
+    return planner.widths_for(space, cut.allocator, cut.ratio)
 
 
 def prune_to_plan(
