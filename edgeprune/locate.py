@@ -44,7 +44,10 @@ def resolve_model(model: str | None) -> Path:
         return path
     looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     if not looks_like_id:
-        raise ConfigError(f"model '{model}' is neither a folder, a GGUF file nor a hub id (org/name)")
+        raise ConfigError(
+            f"model '{model}' does not exist",
+            "give a model folder, a GGUF file, or a hub id with its owner: org/name",
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -159,6 +159,18 @@ def _target(text: str) -> Callable[[Bench], list[str]]:
 
 
 COMMANDS: dict[str, Refusal] = {
+    "size in two words": (
+        lambda at: at.command("MB", budget="200"),
+        2,
+        ("'MB' stands alone: write number and unit together, such as 200MB",),
+        None,
+    ),
+    "target as a verb": (
+        lambda at: ["laptop-cpu", "--budget", "200MB"],
+        2,
+        ("'laptop-cpu' is a target, not a verb: write --target laptop-cpu",),
+        None,
+    ),
     "target": (
         lambda at: at.command(target="jetson-orinn"),
         2,
@@ -410,8 +422,8 @@ MODELS: dict[str, tuple[Callable[[Bench], Any], int, tuple[str, ...], str | None
     "missing": (
         lambda at: shutil.rmtree(at.model),
         2,
-        ("is neither a folder, a GGUF file nor a hub id",),
-        None,
+        ("model '.*/model' does not exist",),
+        "org/name",
     ),
     "empty folder": (
         lambda at: (shutil.rmtree(at.model), at.model.mkdir()),

@@ -16,8 +16,9 @@ import click
 
 from edgeprune import __version__, registry
 from edgeprune.cli._options import calibration_seeds_option, metric_option_option
+from edgeprune.config.targets import list_targets
 from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError
-from edgeprune.units import parse_bytes
+from edgeprune.units import BYTE_UNITS, parse_bytes
 
 INTERRUPTED = 130
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -34,6 +35,15 @@ class _Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         self.number = number
+
+
+def _stray(word: str) -> str | None:
+    """What a word that is no verb most likely was meant to be."""
+    if word in BYTE_UNITS:
+        return f"'{word}' stands alone: write number and unit together, such as 200{word}"
+    if word in list_targets():
+        return f"'{word}' is a target, not a verb: write --target {word}"
+    return None
 
 
 class _Verbs(click.Group):
@@ -56,7 +66,9 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args and args[0] not in known:
-            raise click.UsageError(f"unknown verb '{args[0]}'{registry.suggest(args[0], known)}", ctx)
+            raise click.UsageError(
+                _stray(args[0]) or f"unknown verb '{args[0]}'{registry.suggest(args[0], known)}", ctx
+            )
         return super().resolve_command(ctx, args)
 
 
