@@ -122,6 +122,15 @@ def stdev_tps(n_tokens: int, ns: Sequence[int]) -> float:
     return statistics.stdev(rates(n_tokens, ns)) if len(ns) > 1 else 0.0
 
 
+# decode times that spread wider say more about the machine's other load than about the file
+QUIET_SPREAD = 0.10
+
+
+def spread(result: BenchResult) -> float:
+    """Standard deviation of the decode speed over its median."""
+    return stdev_tps(result.n_gen, result.decode_ns) / median_tps(result.n_gen, result.decode_ns)
+
+
 # ---------------------------------------------------------------- llama-bench rows
 
 

@@ -436,6 +436,7 @@ class Measured:
     on: str  # which machine
     decode_tps: float | None
     decode_tps_stdev: float | None
+    noisy: bool  # the repeats spread by more than 10% at every try: other load on the machine
     prefill_tps: float | None
     first_token_ms: float | None  # at the profile's prompt length
     peak_memory_bytes: int | None

@@ -90,6 +90,7 @@ def candidate(
             on="here",
             decode_tps=tps,
             decode_tps_stdev=None if tps is None else 0.5,
+            noisy=False,
             prefill_tps=None if tps is None else 300.0,
             first_token_ms=None,
             peak_memory_bytes=memory,

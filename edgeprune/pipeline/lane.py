@@ -32,6 +32,7 @@ from edgeprune.records import (
 from edgeprune.runtimes import llama_cpp
 
 VERIFY_TOKENS = 256
+BENCH_TRIES = 3  # a noisy bench is run again; the quietest try counts
 AS_GIVEN = " as given"
 
 
@@ -257,20 +258,29 @@ class Workshop:
             self.device_name,
             llama_cpp.RUNTIME.version(),
         )
-        result = self.run.stage(
-            BenchResult,
-            key,
-            lambda: bench.bench_artifact(
-                self.run.path(artifact.path),
-                sha256=artifact.sha256,
-                flags=flags,
-                protocol=self.protocol,
-                threads=self.bench_threads,
-                device_name=self.device_name,
-                key=key,
-            ),
-            name=f"bench {artifact.path}",
-        )
+
+        def compute() -> BenchResult:
+            best: BenchResult | None = None
+            threads = self.bench_threads
+            for _ in range(BENCH_TRIES):
+                found = bench.bench_artifact(
+                    self.run.path(artifact.path),
+                    sha256=artifact.sha256,
+                    flags=flags,
+                    protocol=self.protocol,
+                    threads=threads,
+                    device_name=self.device_name,
+                    key=key,
+                )
+                if best is None or bench.spread(found) < bench.spread(best):
+                    best = found
+                if bench.spread(best) <= bench.QUIET_SPREAD:
+                    break
+                threads = found.n_threads
+            assert best is not None
+            return best
+
+        result = self.run.stage(BenchResult, key, compute, name=f"bench {artifact.path}")
         if self.bench_threads is None:
             self.bench_threads = result.n_threads
         return result

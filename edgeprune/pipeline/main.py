@@ -365,6 +365,7 @@ class _Job:
                 on=shop.device_name if self.target.local else f"{shop.device_name} (not the target)",
                 decode_tps=decode,
                 decode_tps_stdev=spread,
+                noisy=timed is not None and bench.spread(timed) > bench.QUIET_SPREAD,
                 prefill_tps=prefill,
                 first_token_ms=first,
                 peak_memory_bytes=result.memory.peak_bytes + self.target.runtime_overhead_bytes,

@@ -91,7 +91,7 @@ def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
             f"{p['peak_memory_bytes'] / 1e6:.0f}",
             "-" if not m or m["peak_memory_bytes"] is None else f"{m['peak_memory_bytes'] / 1e6:.0f}",
             "-" if p["decode_tps"] is None else f"{p['decode_tps_low']:.0f}-{p['decode_tps_high']:.0f}",
-            "-" if not m or m["decode_tps"] is None else f"{m['decode_tps']:.1f}±{m['decode_tps_stdev']:.1f}",
+            _decode(m),
             "-" if not q else f"{q['kl']:.4f}±{q['kl_stderr']:.4f}",
             "-" if not q else f"{q['perplexity']:.2f}±{q['perplexity_stderr']:.2f}",
             limits,
@@ -99,8 +99,17 @@ def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
     return table
 
 
+def _decode(measured: Mapping[str, Any] | None) -> str:
+    if not measured or measured["decode_tps"] is None:
+        return "-"
+    noisy = "~" if measured["noisy"] else ""
+    return f"{noisy}{measured['decode_tps']:.1f}±{measured['decode_tps_stdev']:.1f}"
+
+
 def _footnotes(report: Mapping[str, Any]) -> str:
     lines = ["> selected, = quality cannot be told from it; pred. predicted, meas. measured"]
+    if any(c["measured"] and c["measured"]["noisy"] for c in report["candidates"]):
+        lines.append("~ the repeats spread by more than 10%: something else was using the machine")
     evaluation = report["evaluation"]
     if evaluation:
         dense = "unknown" if report["dense_perplexity"] is None else f"{report['dense_perplexity']:.2f}"
