@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/metrics.py --data ../shared/data
 
-Scores each metric in a fresh process (seconds without model loading, peak RSS with it), plans with it, cuts in
-memory and reads the first --tokens tokens of the WikiText-2 test text in windows of 2048 and 128 tokens. Rows are
-kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was. Without the data
-folder it says so and stops. Ratios are of decoder-layer parameters.
+Scores each metric in a fresh process (seconds without model loading, peak RSS with it), plans with it, cuts
+in memory and reads the first --tokens tokens of the WikiText-2 test text in windows of 2048 and 128 tokens.
+Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was. Without
+the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics that prune in sequence
+(wanda-sp) are scored from the dense model here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from safetensors.numpy import load_file, save_file
 from edgeprune import calibration, checkpoint, data, gradients, planner, registry, surgery, tokenizer
 from edgeprune import graph as graphs
 from edgeprune.pipeline import parent as parents
-from edgeprune.pipeline.light import parse_metric
 from edgeprune.records import Constraints, UnitRule
 from edgeprune.rundir import RunDir
 
@@ -72,6 +72,12 @@ FFN_ONLY = Constraints(
 )
 
 
+def parse_metric(label: str) -> tuple[str, dict[str, str]]:
+    """'llm-bip:form=B,norm=l1' to its name and switches."""
+    name, _, rest = label.partition(":")
+    return name, dict(pair.split("=", 1) for pair in rest.split(",") if pair)
+
+
 def wikitext(folder: Path) -> str:
     """Test rows joined with two newlines, each row as the data set stores it: with its own line end."""
     path = folder / "wikitext-2" / "wiki.test.raw"
@@ -89,8 +95,10 @@ def perplexity(model: torch.nn.Module, ids: np.ndarray, window: int) -> float:
         for start in range(0, len(windows), step):
             part = windows[start : start + step]
             logits = model(part).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
-            total += float(loss)
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+            )
+            total += float(losses)
             count += part[:, 1:].numel()
     return float(np.exp(total / count))
 
@@ -110,13 +118,10 @@ def score_job(job: dict) -> None:
     needs = metric.needs(options)
     backward = frozenset(n for n in needs if n.gradient)
     began = time.monotonic()
-    if job["sequential"]:
-        scores = calibration.score_sequential_uniform(metric, options, source, graph, windows, job["ratio"])
-    else:
-        arrays = calibration.collect(source, graph, windows, needs - backward) if needs - backward else {}
-        if backward:
-            arrays |= gradients.collect(source, graph, windows, backward, seed=job["seed"])
-        scores = calibration.score(metric, options, source, graph, arrays, seed=job["seed"])
+    arrays = calibration.collect(source, graph, windows, needs - backward) if needs - backward else {}
+    if backward:
+        arrays |= gradients.collect(source, graph, windows, backward, seed=job["seed"])
+    scores = calibration.score(metric, options, source, graph, arrays, seed=job["seed"])
     seconds = time.monotonic() - began
     save_file({k: np.ascontiguousarray(v) for k, v in scores.items()}, job["out"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -188,7 +193,8 @@ def main() -> None:
                 scored: dict | None = None
                 for allocation in args.allocation or ["uniform"]:
                     for ratio in args.ratio or [0.2, 0.35]:
-                        key = f"{label}/{allocation}/{ratio}/{seed}/{args.tokens}/{args.samples}x{args.length}"
+                        shape = f"{args.tokens}/{args.samples}x{args.length}"
+                        key = f"{label}/{allocation}/{ratio}/{seed}/{shape}"
                         if key in done:
                             continue
                         if scored is None:
@@ -200,8 +206,6 @@ def main() -> None:
                                 "windows": str(tokens_path),
                                 "seed": seed,
                                 "out": out,
-                                "sequential": False,
-                                "ratio": ratio,
                             }
                             child = subprocess.run(
                                 [sys.executable, __file__, "--job", json.dumps(job)],

@@ -241,19 +241,27 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     source = SafetensorsSource(folder)
     graph = graphs.build(source.config)
     source.check(graph)
-    model = skeleton(source.config, graph.dims)
-    for index in range(len(graph.dims.layers)):
-        fill_(model.get_decoder().layers[index], f"model.layers.{index}.", source, dtype, device)  # type: ignore[operator]
-    family = graphs.find_family(graph.dims.family)
+    model = assemble(source, graph.dims, dtype=dtype, device=device)
+    source.close()
+    return model
+
+
+def assemble(
+    source: Source, dims: ModelDims, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """A whole transformers model with the widths of `dims` and the weights of `source`."""
+    model = skeleton(source.config, dims)
     decoder = model.get_decoder()  # type: ignore[operator]
+    for index in range(len(dims.layers)):
+        fill_(decoder.layers[index], f"model.layers.{index}.", source, dtype, device)
+    family = graphs.find_family(dims.family)
     fill_(decoder.embed_tokens, family.roles["embed"] + ".", source, dtype, device)
     fill_(decoder.norm, family.roles["final_norm"] + ".", source, dtype, device)
-    if graph.dims.tied:
+    if dims.tied:
         model.lm_head.weight = decoder.embed_tokens.weight
     else:
         fill_(model.lm_head, family.roles["head"] + ".", source, dtype, device)  # type: ignore[arg-type]
     model.to(device)
-    source.close()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise StageError(f"no weights were found for {left[0]} and {len(left) - 1} more tensors")

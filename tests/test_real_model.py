@@ -53,8 +53,10 @@ def report(tmp_path_factory):
     profile = folder / "short.toml"
     profile.write_text(PROFILE)
     done = subprocess.run(
-        [sys.executable, "-m", "edgeprune", "--target", "laptop-cpu", "--budget", "140MB"]
-        + ["--profile", str(profile), "--out", str(folder / "run"), "--format", "json"],
+        [
+            *[sys.executable, "-m", "edgeprune", "--target", "laptop-cpu", "--budget", "140MB"],
+            *["--profile", str(profile), "--out", str(folder / "run"), "--format", "json"],
+        ],
         capture_output=True,
         text=True,
         check=False,

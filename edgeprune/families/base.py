@@ -175,7 +175,8 @@ def config_layers(config: dict[str, Any], n_layers: int, dense: LayerShape) -> t
         layers.append(LayerShape(n_heads=row[0], n_kv_heads=row[1], n_ff=row[2]))
     if not good:
         raise UnsupportedModelError(
-            f"config.json: '{LAYER_LIST_KEY}' must list [heads, kv heads, ffn width] for each of {n_layers} layers"
+            f"config.json: '{LAYER_LIST_KEY}' must list [heads, kv heads, ffn width] "
+            f"for each of {n_layers} layers"
         )
     return tuple(layers)
 
@@ -192,7 +193,7 @@ def check_layers(layers: tuple[LayerShape, ...]) -> None:
 
 
 def write_config(config: dict[str, Any], dims: ModelDims) -> dict[str, Any]:
-    """config.json of a pruned model; a uniform one is read by stock transformers, others by edgeprune.load."""
+    """config.json of a pruned model; stock transformers reads uniform ones, edgeprune.load all."""
     out = dict(config)
     out.pop(LAYER_LIST_KEY, None)
     first = dims.layers[0]

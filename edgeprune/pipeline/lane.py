@@ -310,7 +310,7 @@ class Workshop:
         return self.run.path(result.kl_arrays)
 
     def judge(self, artifact: Artifact, flags: LaunchFlags) -> QualityResult:
-        """KL to the dense F16 parent and perplexity on the held-out windows, with the cache it will run with."""
+        """KL to the dense F16 parent and perplexity on held-out windows, with the cache it will run with."""
         reference = self.reference
         assert reference is not None
         at = dataclasses.replace(flags, context_tokens=self.eval_windows.shape[1])
@@ -367,7 +367,7 @@ class LaneResult:
 
 
 def run_lane(shop: Workshop, lane: Lane) -> LaneResult:
-    """Take one candidate through export, verification, measurement and quality. A failure stays in its lane."""
+    """One candidate through export, verification, measurement and quality; a failure stays in its lane."""
     result = LaneResult(lane=lane)
     flags = lane.cost.flags
     try:

@@ -22,8 +22,8 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
     model, target, profile = report["model"], report["target"], report["profile"]
     workload = profile["workload"]
     console.print(
-        f"{model['id']} ({model['parameters'] / 1e6:.0f}M parameters, {model['decoder_parameters'] / 1e6:.0f}M of "
-        f"them in the decoder layers) for {target['name']}, profile {profile['name']} "
+        f"{model['id']} ({model['parameters'] / 1e6:.0f}M parameters, "
+        f"{model['decoder_parameters'] / 1e6:.0f}M of them in the decoder layers) for {target['name']}, profile {profile['name']} "
         f"(context {workload['context_tokens']} tokens)",
         soft_wrap=True,
     )
@@ -114,13 +114,13 @@ def _footnotes(report: Mapping[str, Any]) -> str:
     if evaluation:
         dense = "unknown" if report["dense_perplexity"] is None else f"{report['dense_perplexity']:.2f}"
         lines.append(
-            f"KL to the dense F16 parent and perplexity on {evaluation['n_samples']} x {evaluation['n_tokens']} "
-            f"held-out tokens, {evaluation['origin']} (seed {evaluation['seed']}); "
+            f"KL to the dense F16 parent and perplexity on {evaluation['n_samples']} x "
+            f"{evaluation['n_tokens']} held-out tokens, {evaluation['origin']} (seed {evaluation['seed']}); "
             f"the dense F16 parent's own perplexity is {dense}"
         )
     if not report["target"]["local"]:
         lines.append(
-            f"speed on {report['target']['name']} is predicted (80% band); memory was measured on this machine, "
-            "not on the board"
+            f"speed on {report['target']['name']} is predicted (80% band); "
+            "memory was measured on this machine, not on the board"
         )
     return "\n".join(lines)
