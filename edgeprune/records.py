@@ -344,6 +344,7 @@ class VerifyResult:
     explained_argmax: int  # differences where torch's own top two are closer than the noise
     passed: bool
     reason: str | None
+    note: str | None = None  # what was found on a second look
     key: str
 
 

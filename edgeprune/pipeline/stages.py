@@ -21,12 +21,12 @@ from edgeprune.errors import ConfigError, StageError
 from edgeprune.exporters import gguf
 from edgeprune.metrics.base import Metric, is_sequential
 from edgeprune.pipeline import light, prepare
+from edgeprune.pipeline.lane import verify_flags
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import PlanSpace
 from edgeprune.progress import Progress
 from edgeprune.records import (
     ImportanceScores,
-    LaunchFlags,
     ModelGraph,
     PrunePlan,
     TokenSet,
@@ -415,9 +415,7 @@ class _Export:
 
     def _compare(self, path: Path) -> verify.Comparison:
         assert self.window is not None and self.expected is not None
-        flags = LaunchFlags(
-            context_tokens=max(self.window.shape[1], 32), ubatch=128, kv_type="f32", mmap=True
-        )
+        flags = verify_flags(self.window.shape[1])
         out = self.run.path("arrays/logits.f32")
         found = llama_cpp.logits(path, self.window, out, flags=flags, threads=self.threads)
         return verify.compare(self.expected, found[0])

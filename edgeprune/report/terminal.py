@@ -23,8 +23,8 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
     workload = profile["workload"]
     console.print(
         f"{model['id']} ({model['parameters'] / 1e6:.0f}M parameters, "
-        f"{model['decoder_parameters'] / 1e6:.0f}M of them in the decoder layers) for {target['name']}, profile {profile['name']} "
-        f"(context {workload['context_tokens']} tokens)",
+        f"{model['decoder_parameters'] / 1e6:.0f}M of them in the decoder layers) "
+        f"for {target['name']}, profile {profile['name']} (context {workload['context_tokens']} tokens)",
         soft_wrap=True,
     )
     for name, limit in report["budget"].items():
