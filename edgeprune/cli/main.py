@@ -118,6 +118,13 @@ class _Verbs(click.Group):
 @click.option("--metric", metavar="NAME", help="Importance metric. Default: the profile's.")
 @metric_option_option
 @click.option(
+    "--allocator",
+    "allocators",
+    multiple=True,
+    metavar="NAME",
+    help="How widths are shared among layers: uniform or global; may be repeated. Default: the profile's.",
+)
+@click.option(
     "--calibration",
     metavar="FILE|DATASET",
     help="Calibration text. Default: sampled from the model itself.",
@@ -194,6 +201,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         threads=given["threads"],
         max_candidates=given["max_candidates"],
         quantizations=given["quantizations"],
+        allocators=given["allocators"],
         mode=given["mode"],
         command=tuple(["edgeprune", *ctx.obj]),
     )

@@ -65,6 +65,7 @@ class RunOptions:
     mode: str | None
     command: tuple[str, ...]
     metric_options: dict[str, str] = field(default_factory=dict)
+    allocators: tuple[str, ...] = ()  # empty: the profile's
     calibration_seeds: int = 1  # draws with seed, seed + 1, …; scores are averaged
 
 
@@ -82,6 +83,11 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     target, took, profile = budgets.load_inputs(
         options.target, options.profile, memory_bytes=options.budget_bytes
     )
+    if options.allocators:
+        recipe = dataclasses.replace(profile.recipe, allocators=tuple(dict.fromkeys(options.allocators)))
+        profile = dataclasses.replace(profile, recipe=recipe)
+    if options.eval_text is not None and options.eval_text == options.calibration:
+        progress.say("--eval-text is the calibration text: quality will look better than it is")
     metric, metric_options = prepare.load_metric(
         options.metric or profile.recipe.metric, options.metric_options
     )
