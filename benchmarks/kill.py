@@ -3,7 +3,9 @@
     .venv/bin/python benchmarks/kill.py --kills 10 --budget 200MB
 
 Prints each kill with the stage it hit, then whether the selection and every finished stage survived:
-no stage that had finished is started again. Writes benchmarks/results/kill.json.
+no stage that had finished is done again. A run that finishes before its kill is compared, and the next
+one starts in a fresh folder, so every kill hits something. `--calm DIR` takes the undisturbed run from a
+finished run folder of the same command. Writes benchmarks/results/kill.json.
 """
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ def start(folder: Path, extra: list[str]) -> subprocess.Popen:
     )
 
 
+def selected(folder: Path) -> str | None:
+    chosen: str | None = json.loads((folder / "report.json").read_text())["selected"]
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
@@ -52,51 +59,67 @@ def main() -> None:
     parser.add_argument("--budget", default="200MB")
     parser.add_argument("--model")
     parser.add_argument("--profile", default="chat-2k")
+    parser.add_argument("--calm", type=Path, help="a finished run folder of the same command")
+    parser.add_argument("--seconds", type=float, help="how long the undisturbed run took, with --calm")
     args = parser.parse_args()
     extra = ["--budget", args.budget, "--profile", args.profile]
     extra += ["--model", args.model] if args.model else []
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="edgeprune-kill-") as scratch:
-        calm, rough = Path(scratch, "calm"), Path(scratch, "rough")
+        calm = args.calm or Path(scratch, "calm")
         began = time.monotonic()
         if start(calm, extra).wait() not in (0, 3):
             raise SystemExit("the undisturbed run failed")
         whole = time.monotonic() - began
-        print(f"undisturbed: {whole:.0f} s")
-        kills = []
-        for number in range(args.kills):
+        if args.calm:
+            seen = events(calm)
+            whole = seen[-1]["time"] - seen[0]["time"] if args.seconds is None else args.seconds
+        expected = selected(calm)
+        print(f"undisturbed: {whole:.0f} s, selected {expected}", flush=True)
+        kills: list[dict] = []
+        folders = [Path(scratch, "rough-0")]
+        wrong: list[str | None] = []
+
+        def finished() -> None:
+            found = selected(folders[-1])
+            if found != expected:
+                wrong.append(found)
+
+        while len(kills) < args.kills:
             # shares of the undisturbed time, so that the moments spread over the whole run
-            wait = rng.uniform(0.3, 2.0) * whole / args.kills
-            process = start(rough, extra)
+            wait = rng.uniform(0.2, 1.6) * whole / args.kills
+            process = start(folders[-1], extra)
             try:
                 process.wait(timeout=wait)
-                print(f"kill {number + 1}: the run had finished after {wait:.0f} s")
-                kills.append({"after_s": wait, "hit": "nothing, it had finished"})
+                finished()
+                folders.append(Path(scratch, f"rough-{len(folders)}"))
                 continue
             except subprocess.TimeoutExpired:
                 # only the main process: its workers must die with it by themselves
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
-            seen = events(rough)
+            seen = events(folders[-1])
             hit = f"{seen[-1]['event']} {seen[-1]['stage']}" if seen else "nothing started"
-            kills.append({"after_s": round(wait, 1), "hit": hit})
-            print(f"kill {number + 1}: after {wait:.0f} s, last event: {hit}", flush=True)
-        start(rough, extra).wait()
-        same = [json.loads((f / "report.json").read_text())["selected"] for f in (calm, rough)]
-        done = Counter((e["stage"], e["key"]) for e in events(rough) if e["event"] == "done")
-        twice = [stage for (stage, _), n in done.items() if n > 1]
+            kills.append({"after_s": round(wait, 1), "hit": hit, "folder": len(folders) - 1})
+            print(f"kill {len(kills)}: after {wait:.0f} s, last event: {hit}", flush=True)
+        start(folders[-1], extra).wait()
+        finished()
+        done = Counter(
+            (f.name, e["stage"], e["key"]) for f in folders for e in events(f) if e["event"] == "done"
+        )
+        twice = [stage for (_, stage, _), n in done.items() if n > 1]
         rows = {
             "undisturbed_s": round(whole, 1),
             "kills": kills,
-            "selected_undisturbed": same[0],
-            "selected_after_kills": same[1],
+            "selected_undisturbed": expected,
+            "other_selections_after_kills": wrong,
             "finished_stages": len(done),
-            "finished_stages_run_twice": twice,
+            "finished_stages_done_twice": twice,
         }
-        print(f"selected: {same[0]} undisturbed, {same[1]} after {args.kills} kills")
-        print(f"finished stages: {len(done)}, run twice: {len(twice)} {twice or ''}")
+        print(f"{len(kills)} kills: {len(wrong)} other selections {wrong or ''}")
+        print(f"finished stages: {len(done)}, done twice: {len(twice)} {twice or ''}")
     print("written to", write_results("kill", rows).relative_to(ROOT))
-    if same[0] != same[1] or twice:
+    if wrong or twice:
         raise SystemExit(1)
 
 

@@ -65,13 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--budget", action="append", help="memory budget; may be repeated")
     parser.add_argument("--model", help="default: the model the tool itself takes")
+    parser.add_argument("--keep", type=Path, help="keep the run folders here")
     args = parser.parse_args()
     extra = ["--model", args.model] if args.model else []
     rows = []
     print("budget    wall s  measured  peak/budget  pred/meas peak   bytes exact  selected")
     for budget in args.budget or ["200MB", "150MB", "120MB"]:
         with tempfile.TemporaryDirectory(prefix="edgeprune-bench-") as scratch:
-            row = one(budget, Path(scratch) / "run", extra)
+            folder = args.keep / budget if args.keep else Path(scratch) / "run"
+            row = one(budget, folder, extra)
         rows.append(row)
         peak = row["selected_peak_bytes"]
         share = f"{peak / row['budget_bytes']:.3f}" if peak else "-"
