@@ -86,8 +86,8 @@ def main() -> None:
                 wrong.append(found)
 
         while len(kills) < args.kills:
-            # shares of the undisturbed time, so that the moments spread over the whole run
-            wait = rng.uniform(0.2, 1.6) * whole / args.kills
+            # long enough for the longest stage to finish now and then, so that every stage gets its turn
+            wait = rng.uniform(0.1, 0.35) * whole
             process = start(folders[-1], extra)
             try:
                 process.wait(timeout=wait)
