@@ -425,7 +425,8 @@ class QualityResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
     file_bytes: int
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # with `runtime_bytes`
+    runtime_bytes: int = 0  # the target's own part, such as a CUDA context; cannot be measured off the board
     decode_tps: float | None
     decode_tps_low: float | None
     decode_tps_high: float | None

@@ -91,6 +91,9 @@ def test_another_device_says_predicted() -> None:
     report["evaluation"] = {"n_samples": 4, "n_tokens": 64, "origin": "sampled from the model", "seed": 7919}
     text = render_table(report)
     assert "speed on raspberry-pi-5-8gb is predicted" in text
+    assert "board's runtime" not in text
+    report["candidates"][0]["predicted"]["runtime_bytes"] = 367_000_000
+    assert "includes 367 MB for the board's runtime" in render_table(report)
     assert row(report)[7] == "-"
 
 

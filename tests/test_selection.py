@@ -174,3 +174,18 @@ def test_a_failed_candidate_is_never_chosen() -> None:
     chosen = choose(budget(), found)
     assert chosen.selected == "fine"
     assert chosen.reasons["broken"] == "failed: differs from torch"
+
+
+def test_the_boards_own_runtime_counts_against_the_limit() -> None:
+    found = candidate("a", memory=150_000_000)
+    found = dataclasses.replace(
+        found, predicted=dataclasses.replace(found.predicted, runtime_bytes=60_000_000)
+    )
+    limits = budget(memory=200e6)
+    assert selection.check_limits(limits, found)["memory"] is False
+    assert selection.check_limits(budget(memory=210e6), found)["memory"] is True
+    [(text, share)] = selection.misses(limits, found)
+    assert text == (
+        "memory: 150 MB measured and 60.0 MB predicted for the target's runtime, 10.0 MB over 200 MB"
+    )
+    assert share == pytest.approx(0.05)

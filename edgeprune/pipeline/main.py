@@ -374,7 +374,7 @@ class _Job:
                 noisy=timed is not None and bench.spread(timed) > bench.QUIET_SPREAD,
                 prefill_tps=prefill,
                 first_token_ms=first,
-                peak_memory_bytes=result.memory.peak_bytes + self.target.runtime_overhead_bytes,
+                peak_memory_bytes=result.memory.peak_bytes,
                 load_s=result.memory.load_ns / 1e9,
                 flags=result.memory.flags,
             )
@@ -405,6 +405,7 @@ class _Job:
             predicted=Predicted(
                 file_bytes=price.file_bytes,
                 peak_memory_bytes=price.peak_bytes,
+                runtime_bytes=self.target.runtime_overhead_bytes,
                 decode_tps=price.decode_tps,
                 decode_tps_low=price.decode_tps_low,
                 decode_tps_high=price.decode_tps_high,

@@ -123,4 +123,10 @@ def _footnotes(report: Mapping[str, Any]) -> str:
             f"speed on {report['target']['name']} is predicted (80% band); "
             "memory was measured on this machine, not on the board"
         )
+        own = max((c["predicted"].get("runtime_bytes", 0) for c in report["candidates"]), default=0)
+        if own:
+            lines.append(
+                f"predicted memory includes {format_bytes(own)} for the board's runtime, "
+                "which the limit counts and no measurement here can see"
+            )
     return "\n".join(lines)
