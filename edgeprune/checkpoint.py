@@ -142,10 +142,17 @@ def hf_config(config: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     plain = {k: v for k, v in config.items() if k not in (LAYER_LIST_KEY, "auto_map")}
+    heads = {k: plain[k] for k in ("num_attention_heads", "num_key_value_heads") if k in plain}
+    if plain.get("head_dim"):
+        # heads that do not divide the hidden size are refused on construction, although nothing is derived
+        # from the quotient once the head size is given
+        plain.update(dict.fromkeys(heads, 1))
     try:
         made = AutoConfig.for_model(**{"model_type": "", **plain})
     except Exception as error:  # transformers validates with its own and huggingface_hub's classes
         raise UnsupportedModelError(f"config.json is not accepted by transformers: {error!s:.200}") from None
+    for name, value in heads.items():
+        setattr(made, name, value)
     made._attn_implementation = "sdpa"
     return made
 

@@ -255,3 +255,21 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     surgery.prune(source, built, plan_of(built, {}), tmp_path / "out", extras=folder)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out" / "training_args.bin").exists()
+
+
+def test_head_counts_that_do_not_divide_the_hidden_size_load(tmp_path: Path) -> None:
+    # 3 heads of 16 in a hidden size of 64: transformers refuses such a config on construction
+    folder = tiny_llama(tmp_path, hidden=64, heads=4, kv_heads=4)
+    source = checkpoint.SafetensorsSource(folder)
+    model = graph.build(source.config)
+    kept = {axis.name: (0, 2, 3) for axis in model.axes if axis.unit == "kv"}
+    pruned = surgery.PrunedSource(source, model, kept)
+    dims = graph.prune_dims(model, kept)
+    surgery.save(tmp_path / "cut", pruned, graph.graph_of(graph.find_family("llama"), dims).shapes)
+    whole = surgery.load(folder)
+    for layer in whole.model.layers:
+        layer.self_attn.o_proj.weight.data[:, 16:32] = 0
+    ids = torch.arange(7)[None]
+    with torch.inference_mode():
+        expected, found = whole(ids).logits, surgery.load(tmp_path / "cut")(ids).logits
+    assert float((expected - found).abs().max()) < 1e-4
