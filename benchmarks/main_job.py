@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import ROOT, edgeprune, write_results
+from _common import RESULTS, ROOT, edgeprune, write_results
 
 
 def one(budget: str, folder: Path, extra: list[str]) -> dict:
@@ -52,7 +52,7 @@ def one(budget: str, folder: Path, extra: list[str]) -> dict:
         "kl": chosen and chosen["quality"]["kl"],
         "selected_peak_bytes": chosen and chosen["measured"]["peak_memory_bytes"],
         "budget_bytes": report["budget"]["memory"]["value"],
-        "peak_predicted_over_measured": [round(min(ratios), 3), round(max(ratios), 3)],
+        "peak_predicted_over_measured": ([round(min(ratios), 3), round(max(ratios), 3)] if ratios else None),
         "file_bytes_exact": all(
             c["predicted"]["file_bytes"] == c["artifact"]["bytes"] for c in measured if c["artifact"]
         ),
@@ -68,22 +68,25 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="keep the run folders here")
     args = parser.parse_args()
     extra = ["--model", args.model] if args.model else []
-    rows = []
+    stored = RESULTS / "main_job.json"
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
     print("budget    wall s  measured  peak/budget  pred/meas peak   bytes exact  selected")
     for budget in args.budget or ["200MB", "150MB", "120MB"]:
         with tempfile.TemporaryDirectory(prefix="edgeprune-bench-") as scratch:
             folder = args.keep / budget if args.keep else Path(scratch) / "run"
             row = one(budget, folder, extra)
-        rows.append(row)
+        # rows of other budgets stay; each is written as soon as it is there
+        rows = [old for old in rows if old["budget"] != budget] + [row]
+        path = write_results("main_job", rows)
         peak = row["selected_peak_bytes"]
         share = f"{peak / row['budget_bytes']:.3f}" if peak else "-"
-        low, high = row["peak_predicted_over_measured"]
+        low, high = row["peak_predicted_over_measured"] or (float("nan"), float("nan"))
         print(
             f"{budget:9s} {row['wall_s']:6.0f}  {row['measured']:8d}  {share:>11s}  {low:.3f} - {high:.3f}  "
             f"{row['file_bytes_exact']!s:>11s}  {row['selected']}",
             flush=True,
         )
-    print("written to", write_results("main_job", rows).relative_to(ROOT))
+    print("written to", path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
