@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,7 +274,7 @@ class _Job:
             stats_key=make_key("imatrix", self.parent.key, calibration_set.key),
             eval_set=eval_set,
             eval_windows=eval_windows,
-            threads=options.threads or local_cores(),
+            threads=options.threads or local.available_threads(),
             protocol=self.profile.bench,
             device_name=local_name(),
             measure_speed=self.target.local,
@@ -430,10 +429,6 @@ class _Job:
             return arrays[name]
 
         return lambda a, b: quality.paired_difference(per_token(a), per_token(b)).tie
-
-
-def local_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_name() -> str:

@@ -21,7 +21,7 @@ from edgeprune.errors import ConfigError, StageError
 from edgeprune.exporters import gguf
 from edgeprune.metrics.base import Metric, is_sequential
 from edgeprune.pipeline import light, prepare
-from edgeprune.pipeline.lane import verify_flags
+from edgeprune.pipeline.lane import VERIFY_TOKENS, verify_flags
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import PlanSpace
 from edgeprune.progress import Progress
@@ -35,7 +35,6 @@ from edgeprune.records import (
 from edgeprune.runtimes import llama_cpp
 
 PLAN_FILE = "edgeprune_plan.json"
-VERIFY_TOKENS = 256
 IMATRIX_WINDOWS = 32
 IMATRIX_TOKENS = 512
 
