@@ -15,25 +15,14 @@ import numpy as np
 from edgeprune import graph
 from edgeprune.costs.gguf_header import Header, KeyValue, TensorInfo, read_header
 from edgeprune.errors import ConfigError, MissingExtraError, UnsupportedModelError
-from edgeprune.families.base import LAYER_LIST_KEY, Family
+from edgeprune.families._gguf import Layout, Piece, architectures, tensor_table
+from edgeprune.families.base import LAYER_LIST_KEY, Family, GgufArch
 from edgeprune.records import ModelDims
 
-# GGUF architecture -> family; 'deci' is what we write for widths per layer
-_ARCHITECTURES = {"llama": "llama", "deci": "llama"}
-
-_GLOBAL = {"token_embd.weight": "embed", "output_norm.weight": "final_norm", "output.weight": "head"}
-_LAYER = {
-    "attn_norm": "attn_norm",
-    "attn_q": "q",
-    "attn_k": "k",
-    "attn_v": "v",
-    "attn_output": "o",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "gate",
-    "ffn_up": "up",
-    "ffn_down": "down",
-}
 _MOST_LAYERS = 1024
+
+# (tensor of the file or None for a bias it leaves out, first row in it, what the rows are)
+_Source = tuple[TensorInfo | None, int, Piece]
 
 
 class GgufSource:
@@ -53,13 +42,15 @@ class GgufSource:
         self.header: Header = read_header(self.path)
         self._values = self.header.values()
         arch = self._values.get("general.architecture")
-        if not isinstance(arch, str) or arch not in _ARCHITECTURES:
+        known = architectures()
+        if not isinstance(arch, str) or arch not in known:
             raise UnsupportedModelError(
                 f"{self.path}: GGUF architecture {arch!r:.60} is not supported",
-                f"known architectures: {', '.join(_ARCHITECTURES)}",
+                f"known architectures: {', '.join(known)}",
             )
         self.arch = arch
-        self.family: Family = graph.find_family(_ARCHITECTURES[arch])
+        self.family: Family = known[arch][0]
+        self._rules: GgufArch = known[arch][1]
         self._tensors = {t.name: t for t in self.header.tensors}
         self.tokenizer_kvs: tuple[KeyValue, ...] = tuple(
             kv for kv in self.header.metadata if kv.key.startswith("tokenizer.")
@@ -72,7 +63,9 @@ class GgufSource:
         self.config: dict[str, Any] = self._read_config()
         self.dims: ModelDims = self.family.read_dims(self.config)
         self._map = self._map_tensors()
-        self.types: dict[str, str] = {hf: t.type.name for hf, (t, _) in self._map.items() if t is not None}
+        self.types: dict[str, str] = {
+            hf: pieces[0][0].type.name for hf, (pieces, _) in self._map.items() if pieces[0][0] is not None
+        }
 
     # ------------------------------------------------------------ tensors
 
@@ -85,47 +78,58 @@ class GgufSource:
 
     def tensor(self, hf_name: str) -> np.ndarray:
         """One tensor as float32 in HF row order. Raises ConfigError for an unknown name."""
-        info, shape = self._entry(hf_name)
-        if info is None:
-            return np.zeros(shape, np.float32)
-        array = _dequantize(self.path, info)
-        for layer, widths in enumerate(self.dims.layers if self.family.gguf_permute_qk else ()):
-            for role, heads in (("q", widths.n_heads), ("k", widths.n_kv_heads)):
-                if hf_name in (self.family.tensor(role, layer), self.family.tensor(role, layer, "bias")):
-                    return unpermute_rows(array, heads)
-        return array
+        pieces, shape = self._entry(hf_name)
+        held: dict[str, np.ndarray] = {}
+        parts = []
+        for info, start, piece in pieces:
+            if info is None:
+                return np.zeros(shape, np.float32)
+            if info.name not in held:
+                held[info.name] = _dequantize(self.path, info)
+            parts.append(self._as_hf(held[info.name][start : start + piece.part.block], piece))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _entry(self, hf_name: str) -> tuple[TensorInfo | None, tuple[int, ...]]:
+    def _as_hf(self, rows: np.ndarray, piece: Piece) -> np.ndarray:
+        if piece.role.endswith("norm"):
+            return rows - np.float32(self.family.norm_offset) if self.family.norm_offset else rows
+        if piece.role in ("q", "k") and self._rules.norm_order:
+            assert piece.layer is not None
+            widths = self.dims.layers[piece.layer]
+            return unpermute_rows(rows, widths.n_heads if piece.role == "q" else widths.n_kv_heads)
+        return rows
+
+    def _entry(self, hf_name: str) -> tuple[list[_Source], tuple[int, ...]]:
         if hf_name not in self._map:
             raise ConfigError(f"{self.path}: no tensor '{hf_name}'")
         return self._map[hf_name]
 
-    def _map_tensors(self) -> dict[str, tuple[TensorInfo | None, tuple[int, ...]]]:
-        """HF name -> (tensor, shape); None stands for a bias the file leaves out."""
+    def _map_tensors(self) -> dict[str, tuple[list[_Source], tuple[int, ...]]]:
+        """HF name -> where its rows are in the file, in their order, and its shape."""
         shapes = graph.graph_of(self.family, self.dims).shapes
-        gguf_names = {self.family.tensor(role): name for name, role in _GLOBAL.items()}
-        for layer in range(len(self.dims.layers)):
-            for name, role in _LAYER.items():
-                for suffix in ("weight", "bias"):
-                    gguf_names[self.family.tensor(role, layer, suffix)] = f"blk.{layer}.{name}.{suffix}"
-        out: dict[str, tuple[TensorInfo | None, tuple[int, ...]]] = {}
+        # every layer of a file is written, complete or not
+        as_read = Layout(self._rules, tuple(range(len(self.dims.layers))), self.dims)
+        parts: dict[str, list[_Source]] = {hf: [] for hf in shapes}
         problems = []
-        for hf, shape in shapes.items():
-            info = self._tensors.get(gguf_names[hf])
-            if info is None and not hf.endswith(".bias"):
-                problems.append(f"{self.path}: tensor '{gguf_names[hf]}' is missing")
+        known = {"rope_freqs.weight"}
+        for name, shape, pieces in tensor_table(self.family, self.dims, as_read):
+            known.add(name)
+            info = self._tensors.get(name)
+            if info is None and pieces and not name.endswith(".bias"):
+                problems.append(f"{self.path}: tensor '{name}' is missing")
             elif info is not None and info.shape != shape:
                 problems.append(
-                    f"{self.path}: tensor '{info.name}' has shape {list(info.shape)}, expected {list(shape)}"
+                    f"{self.path}: tensor '{name}' has shape {list(info.shape)}, expected {list(shape)}"
                 )
-            out[hf] = (info, shape)
-        known = {gguf_names[hf] for hf in shapes} | {"rope_freqs.weight"}
+            start = 0
+            for piece in pieces:
+                parts[piece.part.tensor].append((info, start, piece))
+                start += piece.part.block
         odd = sorted(set(self._tensors) - known)
         if problems:
             raise ConfigError(problems[:5], "the file is damaged or incomplete; fetch it again")
         if odd:
             raise UnsupportedModelError(f"{self.path}: tensor '{odd[0]}' is not part of a {self.arch} model")
-        return out
+        return {hf: (sorted(parts[hf], key=lambda p: p[2].part.offset), shapes[hf]) for hf in shapes}
 
     # ------------------------------------------------------------ config
 
@@ -181,7 +185,7 @@ class GgufSource:
         biases = {p[2] for p in parts if len(p) == 4 and p[3] == "bias"}
         config: dict[str, Any] = {
             "model_type": self.family.model_type,
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [self.family.hf_class],
             "vocab_size": embed.dims[1],
             "hidden_size": hidden,
             "intermediate_size": max(ff),
@@ -206,10 +210,15 @@ class GgufSource:
             value = self._values.get(f"tokenizer.ggml.{name}_token_id")
             if type(value) is int and 0 <= value < embed.dims[1]:
                 config[f"{'pad' if name == 'padding' else name}_token_id"] = value
-        return config
+        prefix = f"{self.arch}."
+        values = {k.removeprefix(prefix): v for k, v in self._values.items() if k.startswith(prefix)}
+        return self.family.read_gguf(values, config)
 
     def _read_rope(self, head_dim: int) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self._float("rope.freq_base", 10000.0)}
+        rope: dict[str, Any] = {
+            "rope_type": "default",
+            "rope_theta": self._float("rope.freq_base", self.family.rope_theta),
+        }
         kind = self._values.get(f"{self.arch}.rope.scaling.type", "none")
         factor = self._float("rope.scaling.factor", 1.0)
         if kind == "yarn" or (kind == "linear" and factor != 1.0):

@@ -17,7 +17,7 @@ from edgeprune.costs.gguf_header import (
     tensor_info_bytes,
 )
 from edgeprune.errors import ConfigError
-from edgeprune.graph import find_family
+from edgeprune.graph import find_family, graph_of
 from edgeprune.records import LayerShape, ModelDims
 
 gguf = pytest.importorskip("gguf")
@@ -117,7 +117,7 @@ def test_types_and_bytes_are_llama_cpps(tmp_path: Path, name: str) -> None:
     dims = MODELS[name]
     rng = np.random.default_rng(0)
     table = exporter.tensor_table(LLAMA, dims, CONFIG)
-    shapes = {hf: shape for _, shape, hf in table}
+    shapes = graph_of(LLAMA, dims).shapes
     master = tmp_path / "master.gguf"
     exporter.write(
         master, LLAMA, dims, CONFIG, [], lambda n: rng.standard_normal(shapes[n], np.float32), dtype="F32"
@@ -152,7 +152,7 @@ def test_types_and_bytes_are_llama_cpps(tmp_path: Path, name: str) -> None:
 def test_header_reader_agrees_with_the_format_library(tmp_path: Path) -> None:
     dims = MODELS["small-uneven"]
     table = exporter.tensor_table(LLAMA, dims, CONFIG)
-    shapes = {hf: shape for _, shape, hf in table}
+    shapes = graph_of(LLAMA, dims).shapes
     kvs = [
         KeyValue("tokenizer.ggml.model", "STRING", "no_vocab"),
         KeyValue("tokenizer.ggml.tokens", "ARRAY", ("a", "é", "漢"), "STRING"),

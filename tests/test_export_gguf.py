@@ -291,7 +291,7 @@ def test_constraints() -> None:
     assert (found.ffn.multiple_of, found.kv.multiple_of) == (256, 2)
     found = exporter.constraints(LLAMA, wide, "Q4_0")
     assert (found.ffn.multiple_of, found.kv.multiple_of) == (32, 1)
-    alone = dataclasses.replace(LLAMA, gguf_carrier=None)
+    alone = dataclasses.replace(LLAMA, gguf=LLAMA.gguf[:1])
     assert exporter.constraints(alone, wide, "F16").ffn.uniform_across_layers
     with pytest.raises(UnsupportedModelError, match="different widths per layer"):
         uneven = (LayerShape(n_heads=32, n_kv_heads=32, n_ff=32), wide.layers[0])

@@ -198,8 +198,10 @@ def choose_types(
                 chosen = _attn_v(quantization, default, wide_v[name], len(wide_v), n_gqa, is_70b)
             elif name in down:
                 chosen = _ffn_down(quantization, default, down[name], n_layers, has_imatrix)
-            elif quantization == "Q3_K_M" and name.endswith(".attn_output.weight"):
+            elif quantization == "Q3_K_M" and name.endswith((".attn_output.weight", ".attn_qkv.weight")):
                 chosen = "Q4_K"
+            elif quantization in ("Q4_K_M", "Q5_K_M") and name.endswith(".attn_qkv.weight"):
+                chosen = {"Q4_K": "Q5_K", "Q5_K": "Q6_K"}[default]
             else:
                 chosen = default
             out[name] = fit(chosen, shape[-1])

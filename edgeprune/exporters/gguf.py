@@ -1,11 +1,10 @@
-"""GGUF: `llama` for uniform plans, the carrier `deci` for others; quantized by llama.cpp in a child process.
+"""GGUF: a family's own architecture or its carrier for widths per layer; quantized by llama.cpp in a child.
 
 Key and tensor names follow ggml's `docs/gguf.md` and what llama.cpp's loaders of these architectures read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import importlib
 import json
@@ -16,72 +15,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from edgeprune import rundir
+from edgeprune import graph, rundir
 from edgeprune.costs import gguf_types as types_of
 from edgeprune.costs.gguf_header import Header, KeyValue, key_value_bytes, pad, read_header, tensor_info_bytes
-from edgeprune.errors import ConfigError, MissingExtraError, StageError, UnsupportedModelError
+from edgeprune.errors import ConfigError, MissingExtraError, StageError
+from edgeprune.exporters._gguf_metadata import Rope, general, metadata, rope_of, shape_metadata, tokenizer
 from edgeprune.exporters.base import Exporter
+from edgeprune.families import _gguf as tables
+from edgeprune.families._gguf import Piece, TableRow, layout
 from edgeprune.families.base import Family
 from edgeprune.gguf_source import llama3_factors, permute_rows
-from edgeprune.records import Constraints, LayerShape, ModelDims, UnitRule
+from edgeprune.records import Constraints, ModelDims, UnitRule
 from edgeprune.units import format_bytes
-
-QUANTIZATION_VERSION = 2  # of ggml's block layouts; llama.cpp writes the same number
-_GENERAL_TYPE = "model"
-
-# (name, torch shape, Hugging Face name or None for what the format adds)
-TableRow = tuple[str, tuple[int, ...], str | None]
-
-
-# ---------------------------------------------------------------- rotary scaling
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rope:
-    """Rotary embedding of a config.json; `kind` is default, linear, llama3 or yarn."""
-
-    theta: float
-    kind: str
-    factor: float = 1.0
-    original_context: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-
-
-def rope_of(config: Mapping[str, Any]) -> Rope:
-    """Read both spellings of config.json (transformers 4 and 5). Raises UnsupportedModelError."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise UnsupportedModelError(f"config.json: rotary scaling {scaling!r:.60} is not a table")
-    kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if kind not in ("default", "linear", "llama3", "yarn") or partial not in (None, 1.0, 1):
-        raise UnsupportedModelError(
-            f"rotary scaling '{kind}' cannot be written to GGUF", "known: default, linear, llama3, yarn"
-        )
-    extras = [k for k in ("attention_factor", "mscale", "mscale_all_dim") if scaling.get(k) is not None]
-    if kind == "yarn" and extras:
-        raise UnsupportedModelError(f"yarn rotary scaling with {', '.join(extras)} is not covered")
-    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    try:
-        return Rope(
-            theta=float(scaling.get("rope_theta", config.get("rope_theta") or 10000.0)),
-            kind=kind,
-            factor=float(scaling["factor"]) if kind != "default" else 1.0,
-            original_context=int(original or 2048),
-            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"config.json: rotary scaling '{kind}' is incomplete: {error}") from None
-
 
 # ---------------------------------------------------------------- shapes
 
@@ -91,68 +42,13 @@ def architecture(family: Family, dims: ModelDims) -> str:
 
     Raises UnsupportedModelError for shapes that no architecture loads.
     """
-    first = dims.layers[0]
-    if not first.n_kv_heads:
-        raise UnsupportedModelError("GGUF: layer 0 must keep its attention", "keep a KV head there")
-    if all(s == first for s in dims.layers) and first.n_ff:
-        return family.gguf_arch
-    if family.gguf_carrier is None:
-        raise UnsupportedModelError(
-            f"GGUF has no architecture for '{family.model_type}' with different widths per layer",
-            "plan with the same widths in every layer",
-        )
-    return family.gguf_carrier
-
-
-def empty_ffn_width(dims: ModelDims) -> int:
-    """Width of the zero-weight FFN that stands for none: 'deci' drops the attention when it is 0."""
-    return 256 if dims.hidden % 256 == 0 else 32
-
-
-def _file_layers(dims: ModelDims) -> list[LayerShape]:
-    width = empty_ffn_width(dims)
-    return [s if s.n_ff else dataclasses.replace(s, n_ff=width) for s in dims.layers]
-
-
-_LAYER_ROLES = (
-    ("attn_norm", "attn_norm"),
-    ("q", "attn_q"),
-    ("k", "attn_k"),
-    ("v", "attn_v"),
-    ("o", "attn_output"),
-    ("ffn_norm", "ffn_norm"),
-    ("gate", "ffn_gate"),
-    ("up", "ffn_up"),
-    ("down", "ffn_down"),
-)
+    return layout(family, dims).arch.name
 
 
 def tensor_table(family: Family, dims: ModelDims, config: Mapping[str, Any]) -> tuple[TableRow, ...]:
-    """All tensors of the file in the order written: (GGUF name, torch shape, HF name or None)."""
-    architecture(family, dims)
-    rows: list[TableRow] = [("token_embd.weight", (dims.vocab, dims.hidden), family.tensor("embed"))]
-    if rope_of(config).kind == "llama3":
-        rows.append(("rope_freqs.weight", (dims.head_dim // 2,), None))
-    for layer, shape in enumerate(dims.layers):
-        shapes = family.layer_shapes(dims, layer)
-        for role, name in _LAYER_ROLES:
-            for suffix in ("weight", "bias"):
-                hf = family.tensor(role, layer, suffix)
-                if hf in shapes:
-                    rows.append((f"blk.{layer}.{name}.{suffix}", shapes[hf], hf))
-        if not shape.n_ff:
-            d, width = dims.hidden, empty_ffn_width(dims)
-            for name, size in (
-                ("ffn_norm", (d,)),
-                ("ffn_gate", (width, d)),
-                ("ffn_up", (width, d)),
-                ("ffn_down", (d, width)),
-            ):
-                rows.append((f"blk.{layer}.{name}.weight", size, None))
-    rows.append(("output_norm.weight", (dims.hidden,), family.tensor("final_norm")))
-    if not dims.tied:
-        rows.append(("output.weight", (dims.vocab, dims.hidden), family.tensor("head")))
-    return tuple(rows)
+    """All tensors of the file in the order written: (GGUF name, torch shape, where its rows come from)."""
+    freqs = rope_of(config, family.rope_theta).kind == "llama3"
+    return tables.tensor_table(family, dims, layout(family, dims, config), rope_freqs=freqs)
 
 
 def file_types(
@@ -164,16 +60,19 @@ def file_types(
     has_imatrix: bool,
 ) -> dict[str, str]:
     """Type of every tensor of the exported file."""
-    first = dims.layers[0]
-    carrier = architecture(family, dims) != family.gguf_arch
+    found = layout(family, dims)
+    first = found.dims.layers[0]
+    # llama.cpp knows 70B models by their 80 layers; only for 'llama' it looks at the heads as well
+    big = found.arch.name in ("deci", "qwen2") or (
+        found.arch.name == "llama" and first.n_heads != first.n_kv_heads
+    )
     return types_of.choose_types(
         quantization,
         [(name, shape) for name, shape, _ in table],
-        n_layers=len(dims.layers),
+        n_layers=len(found.layers),
         n_gqa=first.n_heads // first.n_kv_heads,
         has_imatrix=has_imatrix,
-        # llama.cpp knows Llama 70B by its 80 layers; 'deci' does not look at the heads
-        is_70b=len(dims.layers) == 80 and (carrier or first.n_heads != first.n_kv_heads),
+        is_70b=len(found.layers) == 80 and big,
     )
 
 
@@ -183,10 +82,20 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
     if block == 256 and dims.hidden % 256:
         block = 32
     block = max(block, 32)
-    uniform = family.gguf_carrier is None
     reasons = []
+    # an uneven model is already written under its carrier, and a dense one shows what would be refused
+    refusals = {arch.name: arch.refuses(dims) for arch in family.gguf}
+    uniform = not any(arch.per_layer and refusals[arch.name] is None for arch in family.gguf)
     if uniform:
-        reasons.append(f"GGUF has no architecture for '{family.model_type}' with widths per layer")
+        carrier = next((arch for arch in family.gguf if arch.per_layer), None)
+        but = f", and '{carrier.name}' loads no {refusals[carrier.name]}" if carrier else ""
+        reasons.append(f"GGUF has no architecture for '{family.model_type}' with widths per layer{but}")
+    one = all(s.n_kv_heads <= 1 for s in dims.layers)
+    fixed = one or not any(arch.fewer_heads and refusals[arch.name] is None for arch in family.gguf)
+    if one:
+        reasons.append("one KV head in every layer: FFN only")
+    elif fixed:
+        reasons.append(f"heads are fixed: '{family.gguf[0].name}' wants heads times head size = hidden size")
     widest = max(s.n_ff for s in dims.layers)
     ffn_multiple = block
     while ffn_multiple > max(widest, 1):
@@ -205,77 +114,13 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
             uniform_across_layers=uniform, multiple_of=ffn_multiple, min_keep=ffn_multiple, fixed=False
         ),
         kv=UnitRule(
-            uniform_across_layers=uniform, multiple_of=kv_multiple, min_keep=kv_multiple, fixed=False
+            uniform_across_layers=uniform, multiple_of=kv_multiple, min_keep=kv_multiple, fixed=fixed
         ),
         reasons=tuple(reasons),
     )
 
 
-# ---------------------------------------------------------------- metadata
-
-
-def _per_layer(key: str, values: Sequence[int]) -> KeyValue:
-    if all(v == values[0] for v in values):
-        return KeyValue(key, "UINT32", values[0])
-    return KeyValue(key, "ARRAY", tuple(values), "INT32")
-
-
-def _general(name: str, license_name: str | None) -> list[KeyValue]:
-    out = [KeyValue("general.type", "STRING", _GENERAL_TYPE), KeyValue("general.name", "STRING", name)]
-    if license_name:
-        out.append(KeyValue("general.license", "STRING", license_name))
-    return out
-
-
-def _shape_metadata(family: Family, dims: ModelDims, rope: Rope, quantization: str) -> list[KeyValue]:
-    arch = architecture(family, dims)
-    layers = _file_layers(dims)
-    out = [
-        KeyValue("general.architecture", "STRING", arch),
-        KeyValue("general.file_type", "UINT32", types_of.check_quantization(quantization)[0]),
-        KeyValue("general.quantization_version", "UINT32", QUANTIZATION_VERSION),
-        KeyValue(f"{arch}.vocab_size", "UINT32", dims.vocab),
-        KeyValue(f"{arch}.block_count", "UINT32", len(dims.layers)),
-        KeyValue(f"{arch}.context_length", "UINT32", dims.max_context),
-        KeyValue(f"{arch}.embedding_length", "UINT32", dims.hidden),
-        _per_layer(f"{arch}.feed_forward_length", [s.n_ff for s in layers]),
-        _per_layer(f"{arch}.attention.head_count", [s.n_heads for s in layers]),
-        _per_layer(f"{arch}.attention.head_count_kv", [s.n_kv_heads for s in layers]),
-        KeyValue(f"{arch}.attention.key_length", "UINT32", dims.head_dim),
-        KeyValue(f"{arch}.attention.value_length", "UINT32", dims.head_dim),
-        KeyValue(f"{arch}.attention.layer_norm_rms_epsilon", "FLOAT32", dims.rms_eps),
-        KeyValue(f"{arch}.rope.dimension_count", "UINT32", dims.head_dim),
-        KeyValue(f"{arch}.rope.freq_base", "FLOAT32", rope.theta),
-    ]
-    if rope.kind in ("linear", "yarn"):
-        out.append(KeyValue(f"{arch}.rope.scaling.type", "STRING", rope.kind))
-        out.append(KeyValue(f"{arch}.rope.scaling.factor", "FLOAT32", rope.factor))
-    if rope.kind == "yarn":
-        key = f"{arch}.rope.scaling.original_context_length"
-        out.append(KeyValue(key, "UINT32", rope.original_context))
-    return out
-
-
-def _tokenizer(kvs: Sequence[KeyValue]) -> list[KeyValue]:
-    if not kvs:
-        return [KeyValue("tokenizer.ggml.model", "STRING", "no_vocab")]
-    # the format's own writer refuses empty arrays, and they say nothing
-    return [kv for kv in kvs if kv.type != "ARRAY" or len(kv.value)]
-
-
-def metadata(
-    family: Family,
-    dims: ModelDims,
-    quantization: str,
-    config: Mapping[str, Any],
-    tokenizer_kvs: Sequence[KeyValue],
-    *,
-    name: str = "model",
-    license_name: str | None = None,
-) -> list[KeyValue]:
-    """All metadata of the exported file, in the order written."""
-    shape = _shape_metadata(family, dims, rope_of(config), quantization)
-    return [shape[0], *_general(name, license_name), *shape[1:], *_tokenizer(tokenizer_kvs)]
+# ---------------------------------------------------------------- bytes
 
 
 class FileCost:
@@ -293,9 +138,9 @@ class FileCost:
     ) -> None:
         self.family = family
         self.config = config
-        self.rope = rope_of(config)
+        self.rope = rope_of(config, family.rope_theta)
         self.has_imatrix = has_imatrix
-        constant = [*_general(name, license_name), *_tokenizer(tokenizer_kvs)]
+        constant = [*general(name, license_name), *tokenizer(tokenizer_kvs)]
         self._constant_bytes = sum(key_value_bytes(kv) for kv in constant)
 
     def tensors(self, dims: ModelDims, quantization: str) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -306,7 +151,7 @@ class FileCost:
 
     def file_bytes(self, dims: ModelDims, quantization: str) -> int:
         rows = self.tensors(dims, quantization)
-        shape = _shape_metadata(self.family, dims, self.rope, quantization)
+        shape = shape_metadata(self.family, dims, self.config, self.rope, quantization)
         exact = 24 + self._constant_bytes + sum(key_value_bytes(kv) for kv in shape)
         exact += sum(tensor_info_bytes(name, size) for name, size, _, _ in rows)
         return pad(exact) + sum(pad(n) for _, _, _, n in rows)
@@ -400,9 +245,9 @@ def write(
     table = tensor_table(family, dims, config)
     kinds = file_types(family, dims, dtype, table, has_imatrix=False)
     entries = metadata(family, dims, dtype, config, tokenizer_kvs, name=name, license_name=license_name)
-    rope = rope_of(config)
+    rope = rope_of(config, family.rope_theta)
     cost = FileCost(family, config, tokenizer_kvs, name=name, license_name=license_name)
-    permuted = _permuted_rows(family, dims)
+    filled = _Rows(family, dims, config, read_tensor)
     with rundir.friendly_disk_errors(path):
         _check_space(path, cost.file_bytes(dims, dtype))
         with rundir.atomic_path(path) as temporary:
@@ -418,28 +263,58 @@ def write(
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()
-                for tensor, shape, hf in table:
-                    if hf is None:
-                        array = _own_tensor(tensor, shape, rope, dims.head_dim)
+                for tensor, shape, pieces in table:
+                    if pieces:
+                        array, label = filled.join(pieces), pieces[0].part.tensor
                     else:
-                        array = np.asarray(read_tensor(hf))
-                    if array.shape != shape:
-                        raise StageError(f"{hf} has shape {list(array.shape)}, the plan says {list(shape)}")
-                    if hf in permuted:
-                        array = permute_rows(array, permuted[hf])
-                    writer.write_tensor_data(_as_type(array, kinds[tensor], hf or tensor))
+                        array, label = _own_tensor(tensor, shape, rope, dims.head_dim), tensor
+                    assert array.shape == shape, tensor
+                    writer.write_tensor_data(_as_type(array, kinds[tensor], label))
             finally:
                 writer.close()
 
 
-def _permuted_rows(family: Family, dims: ModelDims) -> dict[str | None, int]:
-    """HF names of the tensors whose rows change order, with their head count."""
-    out: dict[str | None, int] = {}
-    for layer, shape in enumerate(dims.layers if family.gguf_permute_qk else ()):
-        for suffix in ("weight", "bias"):
-            out[family.tensor("q", layer, suffix)] = shape.n_heads
-            out[family.tensor("k", layer, suffix)] = shape.n_kv_heads
-    return out
+class _Rows:
+    """Rows of Hugging Face tensors as the file wants them."""
+
+    def __init__(
+        self,
+        family: Family,
+        dims: ModelDims,
+        config: Mapping[str, Any],
+        read_tensor: Callable[[str], np.ndarray],
+    ) -> None:
+        self._family, self._dims, self._read = family, dims, read_tensor
+        found = layout(family, dims, config)
+        self._norm_order = found.arch.norm_order
+        self._q_norm = found.arch.q_norm_factor(config, found.dims, len(found.layers))
+        self._shapes = graph.graph_of(family, dims).shapes
+        self._last: tuple[str, np.ndarray] | None = None  # parts of a fused tensor follow each other
+
+    def join(self, pieces: Sequence[Piece]) -> np.ndarray:
+        parts = [self._piece(piece) for piece in pieces]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _whole(self, name: str) -> np.ndarray:
+        if self._last is None or self._last[0] != name:
+            array = np.asarray(self._read(name))
+            if array.shape != self._shapes[name]:
+                planned = list(self._shapes[name])
+                raise StageError(f"{name} has shape {list(array.shape)}, the plan says {planned}")
+            self._last = (name, array)
+        return self._last[1]
+
+    def _piece(self, piece: Piece) -> np.ndarray:
+        part = piece.part
+        array = self._whole(part.tensor)[part.offset : part.offset + part.block]
+        if piece.role.endswith("norm"):
+            array = array.astype(np.float32) + np.float32(self._family.norm_offset)
+            return array * np.float32(self._q_norm) if piece.role == "q_norm" else array
+        if piece.role in ("q", "k") and self._norm_order:
+            assert piece.layer is not None
+            shape = self._dims.layers[piece.layer]
+            return permute_rows(array, shape.n_heads if piece.role == "q" else shape.n_kv_heads)
+        return array
 
 
 def _as_type(array: np.ndarray, kind: str, name: str) -> np.ndarray:
@@ -466,18 +341,13 @@ def imatrix_names(family: Family, dims: ModelDims, stats: Mapping[str, np.ndarra
             columns are those of the pruned model. Rotary order only moves rows, so no column moves.
     """
     out: dict[str, np.ndarray] = {}
-    for layer, shape in enumerate(dims.layers):
-        wanted = []
-        if shape.n_kv_heads:
-            wanted += [("attn_in", n, dims.hidden) for n in ("attn_q", "attn_k", "attn_v")]
-            wanted.append(("o_in", "attn_output", shape.n_heads * dims.head_dim))
-        if shape.n_ff:
-            wanted += [("ffn_in", n, dims.hidden) for n in ("ffn_gate", "ffn_up")]
-            wanted.append(("down_in", "ffn_down", shape.n_ff))
-        for source, name, columns in wanted:
-            array = stats.get(f"layers.{layer}.{source}")
-            if array is not None:
-                out[f"blk.{layer}.{name}.weight"] = _columns(array, columns, f"layers.{layer}.{source}")
+    inputs = {"o": "o_in", "down": "down_in", "gate": "ffn_in", "up": "ffn_in"}
+    for name, shape, pieces in tables.tensor_table(family, dims, layout(family, dims)):
+        if len(shape) != 2 or not pieces or pieces[0].layer is None:
+            continue
+        source = f"layers.{pieces[0].layer}.{inputs.get(pieces[0].role, 'attn_in')}"
+        if source in stats:
+            out[name] = _columns(stats[source], shape[1], source)
     if "head_in" in stats:
         name = "token_embd.weight" if dims.tied else "output.weight"
         out[name] = _columns(stats["head_in"], dims.hidden, "head_in")
@@ -674,7 +544,7 @@ def _same_value(planned: KeyValue, found: KeyValue) -> bool:
 
 EXPORTER = Exporter(
     name="gguf",
-    summary="GGUF for llama.cpp; widths per layer through the 'deci' architecture",
+    summary="GGUF for llama.cpp; widths per layer where an architecture carries them",
     reference="ggml docs/gguf.md",
     suffix=".gguf",
     extra="gguf",
