@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
+from edgeprune import registry
+from edgeprune.allocators.base import Allocator, PlanSpace, Widths, best_units
+from edgeprune.allocators.uniform import uniform_widths
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.graph import find_family, graph_of, prune_dims
-from edgeprune.records import (
-    Axis,
-    Constraints,
-    LaunchFlags,
-    ModelDims,
-    ModelGraph,
-    PlanLadder,
-    PrunePlan,
-    UnitRule,
-    make_key,
-)
-from edgeprune.registry import suggest
+from edgeprune.records import LaunchFlags, ModelDims, PlanLadder, PrunePlan, make_key
 
-ALLOCATORS = ("uniform", "global")
+__all__ = ["PlanSpace", "Widths", "best_units", "uniform_widths"]
 
-Array: TypeAlias = npt.NDArray[Any]
-Widths: TypeAlias = dict[str, int]  # axis name -> units kept
+ALLOCATORS = registry.names("allocators")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanSpace:
-    """Everything an allocator may look at: what can be cut, how far, and what each unit is worth."""
-
-    graph: ModelGraph
-    scores: Mapping[str, Array]  # axis -> [n_units], higher = keep
-    poolable: bool
-    constraints: Constraints
-    metric: str
-    protected: frozenset[int] = frozenset()  # layers left whole
-    scores_key: str = ""
-
-    def rule(self, axis: Axis) -> UnitRule:
-        return self.constraints.ffn if axis.unit == "ffn" else self.constraints.kv
-
-    def free(self, axis: Axis) -> bool:
-        return not self.rule(axis).fixed and axis.layer not in self.protected
-
-    def floor(self, axis: Axis) -> int:
-        """Fewest units this axis may keep."""
-        if not self.free(axis):
-            return axis.n_units
-        rule = self.rule(axis)
-        return min(axis.n_units, max(rule.min_keep, 1))
-
-    def snap(self, axis: Axis, width: float) -> int:
-        """Round a width up to a legal one; the dense width is always legal."""
-        rule = self.rule(axis)
-        snapped = int(np.ceil(width / rule.multiple_of - 1e-9)) * rule.multiple_of
-        return min(axis.n_units, max(snapped, self.floor(axis)))
+def load_allocator(name: str) -> Allocator:
+    """Raises ConfigError for an unknown allocator."""
+    found: Allocator = registry.load("allocators", name, "ALLOCATOR")
+    return found
 
 
 def kept_indices(space: PlanSpace, widths: Widths) -> dict[str, tuple[int, ...]]:
@@ -73,122 +34,29 @@ def kept_indices(space: PlanSpace, widths: Widths) -> dict[str, tuple[int, ...]]
     return kept
 
 
-def best_units(scores: Array, width: int) -> tuple[int, ...]:
-    """Sorted indices of the `width` highest scores; ties keep the lower index."""
-    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
-    return tuple(int(i) for i in np.sort(order[:width]))
-
-
 def protected_layers(n_layers: int) -> frozenset[int]:
     """Layers usually left whole: the first 4 and last 2 of 32, scaled to depth (arXiv:2305.11627)."""
     first, last = int(n_layers / 8 + 0.5), int(n_layers / 16 + 0.5)
     return frozenset((*range(first), *range(n_layers - last, n_layers)))
 
 
-def removed_params(graph: ModelGraph, widths: Widths) -> int:
-    return sum((axis.n_units - widths[axis.name]) * axis.unit_params for axis in graph.axes)
-
-
-def uniform_widths(space: PlanSpace, ratio: float) -> Widths:
-    """Same widths in every unprotected layer. Attention never loses more than its share; FFN takes the rest.
-
-    KV groups are few, so their share moves in jumps; FFN channels make up the difference.
-    """
-    graph = space.graph
-    target = ratio * graph.decoder_params
-    widths: Widths = {axis.name: axis.n_units for axis in graph.axes}
-    free = [axis for axis in graph.axes if space.free(axis)]
-    reachable = sum(axis.n_units * axis.unit_params for axis in free)
-    share = min(1.0, target / reachable) if reachable else 0.0
-    for axis in free:
-        if axis.unit == "kv":
-            # the small slack keeps a share of exactly 1/3 of three groups from rounding to none
-            widths[axis.name] = space.snap(axis, axis.n_units * (1 - share) - 1e-6)
-    ffn = [axis for axis in free if axis.unit == "ffn"]
-    rest = target - removed_params(graph, widths)
-    room = sum(axis.n_units * axis.unit_params for axis in ffn)
-    if room and rest > 0:
-        part = min(1.0, rest / room)
-        for axis in ffn:
-            # nearest legal width, not the next larger one: the reached ratio is then closest to the asked one
-            step = space.rule(axis).multiple_of
-            widths[axis.name] = space.snap(axis, round(axis.n_units * (1 - part) / step) * step)
-        rest = target - removed_params(graph, widths)
-    step_params = sum(space.rule(a).multiple_of * a.unit_params for a in ffn) or 1
-    while rest > step_params:
-        # FFN is at its floor: take whole KV groups, one per layer, until the ratio is met or nothing is left
-        kv = [a for a in free if a.unit == "kv" and widths[a.name] > space.floor(a)]
-        if not kv:
-            break
-        for axis in kv:
-            widths[axis.name] = max(space.floor(axis), widths[axis.name] - space.rule(axis).multiple_of)
-        rest = target - removed_params(graph, widths)
-    return widths
-
-
-def _check_pooling(space: PlanSpace) -> None:
-    if not space.poolable:
-        raise ConfigError(
-            f"scores of {space.metric} do not share one scale across layers, so they cannot be pooled",
-            "use --allocator uniform, or a poolable form (llm-bip: --metric-option form=A or form=C)",
-        )
-    if space.constraints.ffn.uniform_across_layers or space.constraints.kv.uniform_across_layers:
-        raise ConfigError(
-            "the global allocator gives every layer its own width, which this export cannot load",
-            "use --allocator uniform",
-        )
-
-
-def global_widths(space: PlanSpace, ratio: float) -> Widths:
-    """One list of all units by score per parameter; a single threshold decides, widths snap upwards."""
-    _check_pooling(space)
-    graph = space.graph
-    free = [axis for axis in graph.axes if space.free(axis)]
-    per_param = {
-        axis.name: np.sort(np.asarray(space.scores[axis.name], dtype=np.float64) / axis.unit_params)
-        for axis in free
-    }
-    thresholds = np.unique(np.concatenate([*per_param.values(), [0.0]])) if free else np.zeros(1)
-
-    def at(index: int) -> Widths:
-        limit = thresholds[index]
-        widths = {axis.name: axis.n_units for axis in graph.axes}
-        for axis in free:
-            removed = int(np.searchsorted(per_param[axis.name], limit, side="right"))
-            widths[axis.name] = space.snap(axis, axis.n_units - removed)
-        return widths
-
-    dense = {axis.name: axis.n_units for axis in graph.axes}
-    if ratio <= 0:
-        return dense
-    low, high = 0, len(thresholds) - 1
-    target = ratio * graph.decoder_params
-    while low < high:
-        middle = (low + high) // 2
-        if removed_params(graph, at(middle)) < target:
-            low = middle + 1
-        else:
-            high = middle
-    above = at(low)
-    below = at(low - 1) if low else dense
-    nearer_below = target - removed_params(graph, below) < removed_params(graph, above) - target
-    return below if nearer_below else above
-
-
-_WIDTHS: dict[str, Callable[[PlanSpace, float], Widths]] = {
-    "uniform": uniform_widths,
-    "global": global_widths,
-}
-
-
 def highest_ratio(space: PlanSpace) -> float:
     """Largest share of decoder-layer parameters that can be removed at all."""
     most = {axis.name: space.floor(axis) for axis in space.graph.axes}
-    return removed_params(space.graph, most) / space.graph.decoder_params
+    gone = sum((a.n_units - most[a.name]) * a.unit_params for a in space.graph.axes)
+    return gone / space.graph.decoder_params
 
 
 def _is_uniform(dims: ModelDims) -> bool:
     return all(layer == dims.layers[0] for layer in dims.layers)
+
+
+def _reasons(space: PlanSpace, allocator: str, widths: Widths) -> dict[str, str]:
+    """One line per axis on why it got its width."""
+    if allocator not in ALLOCATORS:
+        return {}
+    why = load_allocator(allocator).why
+    return {axis.name: why(space, widths, axis) for axis in space.graph.axes}
 
 
 def make_plan(space: PlanSpace, allocator: str, requested: float, widths: Widths) -> PrunePlan:
@@ -209,17 +77,14 @@ def make_plan(space: PlanSpace, allocator: str, requested: float, widths: Widths
         kept=kept,
         dims=dims,
         binding=None,
+        why=_reasons(space, allocator, widths) if kept else {},
         key=make_key("prune_plan", graph.key, space.scores_key, {k: list(v) for k, v in kept.items()}),
     )
 
 
 def check_allocator(allocator: str) -> None:
     """Raises ConfigError for an unknown allocator."""
-    if allocator not in _WIDTHS:
-        raise ConfigError(
-            f"unknown allocator '{allocator}'{suggest(allocator, ALLOCATORS)}",
-            f"known: {', '.join(ALLOCATORS)}",
-        )
+    load_allocator(allocator)
 
 
 def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
@@ -228,9 +93,7 @@ def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
         raise ConfigError(
             f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
         )
-    check_allocator(allocator)
-    if allocator == "global":
-        _check_pooling(space)
+    load_allocator(allocator).check(space)
     top = highest_ratio(space)
     if ratio > top + 1e-9:
         n = len(space.protected)
@@ -244,7 +107,7 @@ def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
 def widths_for(space: PlanSpace, allocator: str, ratio: float) -> Widths:
     """Units that each axis keeps at a ratio; 'uniform' needs no scores. Raises what `plan_ratio` does."""
     check_ratio(space, allocator, ratio)
-    return _WIDTHS[allocator](space, ratio)
+    return load_allocator(allocator).widths(space, ratio)
 
 
 def plan_ratio(
@@ -291,7 +154,7 @@ def weakest_fit(space: PlanSpace, allocator: str, quantization: str, cost: CostO
     low, high = 0.0, highest_ratio(space)
 
     def dims_at(ratio: float) -> tuple[Widths, ModelDims]:
-        widths = _WIDTHS[allocator](space, ratio)
+        widths = load_allocator(allocator).widths(space, ratio)
         counts = {name: range(width) for name, width in widths.items()}
         return widths, prune_dims(space.graph, counts)
 

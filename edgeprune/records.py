@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from edgeprune.errors import ConfigError
@@ -28,15 +28,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedModel:
-    """Decode speed of one (runtime, power mode): t = bytes / bandwidth + layers * layer_ns."""
+    """Speed of one (runtime, power mode): t = bytes / (bandwidth * factor) + layers * layer_ns + token_ns."""
 
     runtime: str
     mode: str
-    bandwidth_bytes_per_s: float
+    bandwidth_bytes_per_s: float  # reached on Q4_K_M weights
     layer_ns: float
     compute_flops: float | None
-    relative_error: float  # half width of the 80% band, as a fraction of the prediction
+    relative_error: float  # the 80% band is value / (1 + e) to value * (1 + e)
     source: str
+    backend: str = "cpu"  # cpu or gpu
+    basis: str = "profile"  # facts, profile (published rows of this device), calibrated (measured on it)
+    threads: int | None = None  # it holds for this many; None: the target's own
+    token_ns: float = 0.0  # per token, whatever the model
+    prefill_error: float | None = None  # as relative_error; None: the same
+    type_factors: dict[str, float] = field(default_factory=dict)  # tensor type -> share of the bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,7 @@ class PowerMode:
     name: str
     bandwidth_peak_bytes_per_s: float
     source: str
+    gpu_sm_ghz: float | None = None  # streaming multiprocessors in use times their clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,24 @@ class DeviceTarget:
     local: bool  # this very machine
     facts: tuple[Fact, ...]
     notes: tuple[str, ...]
+    key: str
+    threads: int | None = None  # that decode best; None: as many as cores
+    core: str | None = None  # class of the cores where architecture and instructions do not say it
+    gpu_sm_ghz: float | None = None  # of a GPU that llama.cpp uses, where no power mode says it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCalibration:
+    """What `calibrate-device` measured on one device: the user's own, kept outside the package."""
+
+    kind: ClassVar[str] = "device_calibration"
+    target: str
+    cpu: str
+    device: str  # local, ssh://…
+    runtime_version: str
+    date: str  # UTC, ISO 8601
+    speeds: tuple[SpeedModel, ...]
+    samples: tuple[dict[str, float], ...]  # one row per probe file: bytes by type, layers, ns per token
     key: str
 
 
@@ -151,6 +176,7 @@ class UnitRule:
     multiple_of: int
     min_keep: int
     fixed: bool
+    whole: bool = False  # the block may go altogether; attention stays in the first layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +323,7 @@ class PrunePlan:
     dims: ModelDims  # after the cut
     binding: str | None  # what stopped the plan short of the requested ratio
     key: str
+    why: dict[str, str] = field(default_factory=dict)  # axis -> why it got its width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -596,10 +623,10 @@ def _build_record(cls: type, data: Any, where: str, problems: list[str]) -> Any:
     for name in data:
         if name not in fields:
             problems.append(f"{where}: unknown key '{name}'{suggest(name, fields)}")
-    for name, field in fields.items():
+    for name, one in fields.items():
         if name in data:
             values[name] = _build(hints[name], data[name], f"{where}.{name}", problems)
-        elif field.default is dataclasses.MISSING:
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
             problems.append(f"{where}: missing key '{name}'")
     if problems:
         return None

@@ -23,7 +23,8 @@ LAYERS = {
     "families": 3,
     "graph": 4,
     "metrics": 5,
-    "planner": 5,
+    "allocators": 5,
+    "planner": 5.5,
     "stability": 5,
     "verify": 5,
     "locate": 5,
@@ -49,7 +50,7 @@ LAYERS = {
 }
 # inside layer 0 the registry raises the errors and units refuse with them
 FOUNDATION = {("registry", "errors"), ("units", "errors")}
-TORCH_FREE = {name for name, layer in LAYERS.items() if layer <= 5 or layer in (10, 12)}
+TORCH_FREE = {name for name, layer in LAYERS.items() if layer < 6 or layer in (10, 12)}
 HEAVY = {"torch", "transformers", "safetensors", "gguf", "llama_cpp", "datasets", "tokenizers"}
 NUMPY_FROM = 5
 

@@ -66,7 +66,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     base = {line.split()[1].split(">")[0].split(";")[0] for line in needed if "extra ==" not in line}
-    assert base == {"click", "rich", "jinja2", "numpy", "tomli"}
+    assert base == {"click", "rich", "jinja2", "numpy", "scipy", "tomli"}
 
 
 def test_an_unpacked_wheel_finds_its_data(wheel: Path, tmp_path: Path) -> None:

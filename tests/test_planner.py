@@ -41,6 +41,26 @@ def space(built: ModelGraph, *, seed: int = 0, **over: Any) -> PlanSpace:
     return PlanSpace(**values)
 
 
+def measured(base: PlanSpace, *, seed: int = 0, measure: bool = True) -> PlanSpace:
+    """The same space with made-up damage curves, convex as real ones are, and a measure that sums them."""
+    rng = np.random.default_rng(seed)
+    weights = {a.name: float(rng.uniform(0.1, 2.0)) for a in base.graph.axes}
+
+    def damage(name: str, width: int, n: int) -> float:
+        return weights[name] * ((n - width) / n) ** 2
+
+    curves = {
+        a.name: [(w, damage(a.name, w, a.n_units)) for w in sorted({0, a.n_units // 2, a.n_units})]
+        for a in base.graph.axes
+    }
+    by_name = {a.name: a.n_units for a in base.graph.axes}
+
+    def total(widths: dict[str, int]) -> float:
+        return sum(damage(name, w, by_name[name]) for name, w in widths.items())
+
+    return dataclasses.replace(base, curves=curves, measure=total if measure else None)
+
+
 def smol(**over: Any) -> PlanSpace:
     return space(graph.graph_of(LLAMA, dims()), **over)
 
@@ -129,7 +149,7 @@ def test_unknown_allocator() -> None:
     with pytest.raises(ConfigError) as caught:
         planner.plan_ratio(small(), "unifrom", 0.2)
     assert caught.value.message == "unknown allocator 'unifrom' (did you mean 'uniform'?)"
-    assert caught.value.hint == "known: uniform, global"
+    assert caught.value.hint == "known: global, search, sensitivity, uniform"
 
 
 def test_scores_that_share_no_scale_are_not_pooled() -> None:
@@ -168,7 +188,7 @@ def test_global_takes_the_weakest_units_wherever_they_are() -> None:
 
 
 def test_fixed_units_stay() -> None:
-    base = small(constraints=rules(fixed_kv=True))
+    base = measured(small(constraints=rules(fixed_kv=True)))
     for allocator in planner.ALLOCATORS:
         plan = planner.plan_ratio(base, allocator, 0.3)
         assert all(name.endswith(".ffn") for name in plan.kept)
@@ -193,11 +213,13 @@ def spaces(draw: st.DrawFn) -> PlanSpace:
         vocab=50,
         head_dim=8,
     )
-    return space(
-        graph.graph_of(LLAMA, shape),
-        seed=draw(st.integers(0, 1000)),
-        constraints=rules(multiple),
-        protected=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))),
+    return measured(
+        space(
+            graph.graph_of(LLAMA, shape),
+            seed=draw(st.integers(0, 1000)),
+            constraints=rules(multiple),
+            protected=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))),
+        )
     )
 
 

@@ -20,7 +20,7 @@ from edgeprune.cli._output import echo_json, echo_pairs, echo_table, format_opti
 from edgeprune.config import toml
 from edgeprune.units import format_bytes
 
-BASE = ("click", "rich", "jinja2", "numpy")
+BASE = ("click", "rich", "jinja2", "numpy", "scipy")
 # distributions of each extra of pyproject.toml; a test holds the two together
 EXTRAS = {
     "torch": (

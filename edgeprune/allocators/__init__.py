@@ -1,0 +1,1 @@
+"""Allocators: how much every axis loses, one file each."""
