@@ -368,8 +368,8 @@ def test_detection_is_for_this_machine_only() -> None:
         "target raspberry-pi-5-8gb is another device; nothing detected here applies to it",
     )
     laptop, _ = load_target("laptop-cpu")
-    assert problems_of(lambda: with_detected(laptop, {"core": 2, "cores": 0, "arch": 7})) == (
-        "detected fact 'core' is unknown (did you mean 'cores'?)",
+    assert problems_of(lambda: with_detected(laptop, {"coars": 2, "cores": 0, "arch": 7})) == (
+        "detected fact 'coars' is unknown (did you mean 'cores'?)",
         "detected fact 'cores' cannot be 0",
         "detected fact 'arch' cannot be 7",
     )

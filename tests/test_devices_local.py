@@ -17,7 +17,9 @@ def test_detect_agrees_with_the_operating_system() -> None:
     assert 1 <= facts["cores"] <= (os.cpu_count() or 1)
     assert facts["memory_bytes"] > 2**28
     assert 0 < facts["usable_bytes"] <= facts["memory_bytes"]
-    assert facts["bandwidth_bytes_per_s"] == pytest.approx(1.6 * facts["memcpy_bytes_per_s"])
+    assert facts["memcpy_all_bytes_per_s"] >= facts["memcpy_bytes_per_s"]
+    assert facts["peak_bytes_per_s"] == pytest.approx(2 * facts["memcpy_all_bytes_per_s"] / 0.794)
+    assert 1e8 < facts["matmul_float32_flops"] < 1e14
     # between a very slow board and anything that exists
     assert 2e8 < facts["memcpy_bytes_per_s"] < 2e12
     assert facts["cpu"]
@@ -36,7 +38,8 @@ def test_detection_needs_no_heavy_library() -> None:
 def test_no_probe_when_none_is_wanted() -> None:
     facts = local.detect(probe_seconds=0.0)
     assert facts["memcpy_bytes_per_s"] is None
-    assert facts["bandwidth_bytes_per_s"] is None
+    assert facts["peak_bytes_per_s"] is None
+    assert facts["matmul_int8_ops"] is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ import click
 from edgeprune import records
 from edgeprune.cli._output import echo_json, echo_pairs, echo_table, format_option
 from edgeprune.config import toml
-from edgeprune.config.targets import TargetFamily, family_members, list_targets, read_target
+from edgeprune.config.targets import (
+    TargetFamily,
+    family_members,
+    list_targets,
+    read_target,
+    with_calibration,
+)
+from edgeprune.costs.speed import speed_model
+from edgeprune.errors import ConfigError
 from edgeprune.records import DeviceTarget
 from edgeprune.units import format_bytes
 
@@ -64,7 +72,8 @@ def show(name: str, form: str) -> None:
     target = read_target(path)
     members = family_members(target, path) if isinstance(target, TargetFamily) else ()
     if form == "json":
-        echo_json({**_plain(target), "modules": [_plain(m) for m in members]} if members else _plain(target))
+        plain = _plain(target if isinstance(target, TargetFamily) else _as_seen_here(target))
+        echo_json({**plain, "modules": [_plain(m) for m in members]} if members else plain)
         return
     if isinstance(target, TargetFamily):
         click.echo(f"{target.name}: {target.title}")
@@ -76,7 +85,65 @@ def show(name: str, form: str) -> None:
         ]
         echo_table(("name", ">usable", ">peak GB/s"), rows)
         return
-    _show_device(target)
+    _show_device(_as_seen_here(target))
+
+
+@command.command("check")
+@click.argument("file", metavar="FILE")
+@format_option
+def check(file: str, form: str) -> None:
+    """Check a target file of your own: every problem at once, or what it predicts.
+
+    \b
+    Example:
+      edgeprune targets check my-board.toml
+    """
+    if "/" not in file and not file.endswith(".toml"):
+        raise ConfigError(f"'{file}' is not a file", "give the path of a .toml file, such as ./my-board.toml")
+    path = toml.find("targets", file)
+    target = read_target(path)
+    members = family_members(target, path) if isinstance(target, TargetFamily) else (target,)
+    rows = []
+    for member in members:
+        for mode in [m.name for m in member.power_modes] or [None]:
+            found = speed_model(member, mode=mode)
+            rows.append(
+                {
+                    "target": member.name,
+                    "mode": mode,
+                    "backend": found.backend,
+                    "bandwidth_gb_per_s": round(found.bandwidth_bytes_per_s / 1e9, 2),
+                    "relative_error": round(found.relative_error, 3),
+                    "basis": found.basis,
+                }
+            )
+    if form == "json":
+        echo_json({"file": file, "ok": True, "speeds": rows})
+        return
+    click.echo(f"{file}: no problems")
+    echo_table(
+        ("target", "mode", "on", ">GB/s on Q4_K_M", "80% band", "based on"),
+        [
+            (
+                str(r["target"]),
+                str(r["mode"] or "-"),
+                str(r["backend"]),
+                f"{r['bandwidth_gb_per_s']:.1f}",
+                f"x/÷ {1 + float(r['relative_error'] or 0):.2f}",
+                str(r["basis"]),
+            )
+            for r in rows
+        ],
+    )
+
+
+def _as_seen_here(target: DeviceTarget) -> DeviceTarget:
+    """This machine with detected facts; another device with the user's own calibration."""
+    if not target.local:
+        return with_calibration(target)
+    from edgeprune.devices import local
+
+    return local.describe(target)
 
 
 def _show_device(target: DeviceTarget) -> None:
@@ -103,25 +170,27 @@ def _show_device(target: DeviceTarget) -> None:
             (
                 m.name + (" (default)" if m.name == target.default_mode else ""),
                 f"{m.bandwidth_peak_bytes_per_s / 1e9:.1f}",
+                "-" if m.gpu_sm_ghz is None else f"{m.gpu_sm_ghz:.1f}",
                 m.source,
             )
             for m in target.power_modes
         ]
-        echo_table(("power mode", ">peak GB/s", "source"), modes)
-    if target.speeds:
-        click.echo("")
-        speeds = [
-            (
-                s.runtime,
-                s.mode or "-",
-                f"{s.bandwidth_bytes_per_s / 1e9:.1f}",
-                f"{s.layer_ns / 1e6:.3f}",
-                f"{s.relative_error:.0%}",
-                s.source,
-            )
-            for s in target.speeds
-        ]
-        echo_table(("runtime", "mode", ">GB/s reached", ">ms a layer", ">± (80%)", "source"), speeds)
+        echo_table(("power mode", ">peak GB/s", ">GPU SM x GHz", "source"), modes)
+    click.echo("")
+    modes_named = [m.name for m in target.power_modes] or [None]
+    speeds = [speed_model(target, mode=name) for name in modes_named]
+    rows = [
+        (
+            s.mode or "-",
+            s.backend,
+            f"{s.bandwidth_bytes_per_s / 1e9:.1f}",
+            f"{s.layer_ns / 1e6:.3f}",
+            f"x/÷ {1 + s.relative_error:.2f}",
+            f"{s.basis}: {s.source}",
+        )
+        for s in speeds
+    ]
+    echo_table(("mode", "on", ">GB/s on Q4_K_M", ">ms a layer", "80% band", "based on"), rows)
     if target.notes:
         click.echo("")
         echo_pairs([("note:", note) for note in target.notes])

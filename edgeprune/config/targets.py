@@ -10,7 +10,7 @@ from edgeprune import records
 from edgeprune.config import toml
 from edgeprune.config.toml import Size
 from edgeprune.errors import ConfigError
-from edgeprune.records import DeviceTarget, Fact, PowerMode, SpeedModel
+from edgeprune.records import DeviceCalibration, DeviceTarget, Fact, PowerMode, SpeedModel
 from edgeprune.registry import suggest
 from edgeprune.units import format_bytes
 
@@ -26,7 +26,12 @@ _FIGURES = (
     "bandwidth_peak_gb_per_s",
     "runtime_overhead",
     "formats",
+    "threads",
+    "core",
+    "gpu_sm_ghz",
 )
+# the classes that the speed constants are known for
+CORES = ("x86", "arm", "arm-basic", "apple")
 _FIELDS = {
     "memory": "memory_bytes",
     "usable": "usable_bytes",
@@ -41,6 +46,8 @@ _DETECTABLE = {
     "memory_bytes": int,
     "usable_bytes": int,
     "bandwidth_peak_bytes_per_s": float,
+    "threads": int,
+    "core": str,
 }
 
 
@@ -49,6 +56,7 @@ class _Mode:
     name: str
     bandwidth_peak_gb_per_s: float
     source: str
+    gpu_sm_ghz: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +68,8 @@ class _Speed:
     relative_error: float
     source: str
     compute_gflops: float | None = None
+    backend: str = "cpu"
+    prefill_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +86,9 @@ class _TargetFile:
     family: str | None = None
     default_mode: str | None = None
     runtime_overhead: Size | None = None
+    threads: int | None = None
+    core: str | None = None
+    gpu_sm_ghz: float | None = None
     local: bool = False
     notes: tuple[str, ...] = ()
     mode: tuple[_Mode, ...] = ()
@@ -198,6 +211,41 @@ def with_detected(
     return _keyed(dataclasses.replace(target, **changes))  # type: ignore[arg-type]
 
 
+# ---------------------------------------------------------------- the user's own calibrations
+
+
+def calibration_path(target: str) -> Path:
+    """Where the calibration of a target is kept, whether it exists or not."""
+    return toml.user_data_folder() / "devices" / f"{target}.json"
+
+
+def read_calibration(target: str) -> DeviceCalibration | None:
+    """The user's calibration of a target, or None. Raises ConfigError for a damaged file."""
+    path = calibration_path(target)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        again = "run edgeprune calibrate-device again"
+        raise ConfigError(f"{path}: cannot be read: {error}", again) from None
+    try:
+        return records.loads(DeviceCalibration, text, where=str(path))
+    except ConfigError as error:
+        raise ConfigError(error.problems, f"delete {path} or run edgeprune calibrate-device again") from None
+
+
+def with_calibration(target: DeviceTarget, *, cpu: str | None = None) -> DeviceTarget:
+    """Put the user's calibration of this target before its published speeds.
+
+    With `cpu` a calibration that was made on another processor is left out.
+    """
+    found = read_calibration(target.name)
+    if found is None or (cpu is not None and found.cpu != cpu):
+        return target
+    return _keyed(dataclasses.replace(target, speeds=(*found.speeds, *target.speeds), key=""))
+
+
 def _record(name: str, file: _TargetFile) -> DeviceTarget:
     return _keyed(
         DeviceTarget(
@@ -215,6 +263,7 @@ def _record(name: str, file: _TargetFile) -> DeviceTarget:
                     name=m.name,
                     bandwidth_peak_bytes_per_s=m.bandwidth_peak_gb_per_s * 1e9,
                     source=m.source,
+                    gpu_sm_ghz=m.gpu_sm_ghz,
                 )
                 for m in file.mode
             ),
@@ -230,6 +279,8 @@ def _record(name: str, file: _TargetFile) -> DeviceTarget:
                     compute_flops=None if s.compute_gflops is None else s.compute_gflops * 1e9,
                     relative_error=s.relative_error,
                     source=s.source,
+                    backend=s.backend,
+                    prefill_error=s.prefill_error,
                 )
                 for s in file.speed
             ),
@@ -237,6 +288,9 @@ def _record(name: str, file: _TargetFile) -> DeviceTarget:
             facts=tuple(Fact(field=_FIELDS.get(k, k), source=v) for k, v in file.sources.items()),
             notes=file.notes,
             key="",
+            threads=file.threads,
+            core=file.core,
+            gpu_sm_ghz=file.gpu_sm_ghz,
         )
     )
 
@@ -262,6 +316,9 @@ def _target_problems(file: _TargetFile, shown: str) -> list[str]:
         toml.check(condition, problems, f"{shown}: {message}")
 
     need(file.cores >= 1, "'cores' must be at least 1")
+    need(file.threads is None or file.threads >= 1, "'threads' must be at least 1")
+    need(file.core is None or file.core in CORES, f"'core' must be one of {', '.join(CORES)}")
+    need(file.gpu_sm_ghz is None or file.gpu_sm_ghz > 0, "'gpu_sm_ghz' must be positive")
     need(file.usable <= file.memory, "'usable' must not exceed 'memory'")
     need(file.bandwidth_peak_gb_per_s > 0, "'bandwidth_peak_gb_per_s' must be positive")
     need(bool(file.formats), "'formats' must name at least one export format")
@@ -277,6 +334,10 @@ def _target_problems(file: _TargetFile, shown: str) -> list[str]:
             mode.bandwidth_peak_gb_per_s > 0,
             f"[[mode]] {mode.name}: 'bandwidth_peak_gb_per_s' must be positive",
         )
+        need(
+            mode.gpu_sm_ghz is None or mode.gpu_sm_ghz > 0,
+            f"[[mode]] {mode.name}: 'gpu_sm_ghz' must be positive",
+        )
         need(bool(mode.source.strip()), f"[[mode]] {mode.name}: 'source' is empty")
     if file.default_mode is None:
         need(not modes, "'default_mode' must name one of the [[mode]] entries")
@@ -285,8 +346,8 @@ def _target_problems(file: _TargetFile, shown: str) -> list[str]:
             file.default_mode in modes,
             f"'default_mode' {file.default_mode!r} is not a [[mode]]{suggest(file.default_mode, modes)}",
         )
-    pairs = [(s.runtime, s.mode) for s in file.speed]
-    need(len(set(pairs)) == len(pairs), "two [[speed]] entries are for the same runtime and mode")
+    pairs = [(s.runtime, s.mode, s.backend) for s in file.speed]
+    need(len(set(pairs)) == len(pairs), "two [[speed]] entries are for the same runtime, mode and backend")
     for speed in file.speed:
         at = f"[[speed]] {speed.runtime} {speed.mode or '(no mode)'}:"
         need(
@@ -294,6 +355,8 @@ def _target_problems(file: _TargetFile, shown: str) -> list[str]:
             f"{at} 'mode' {speed.mode!r} is not a [[mode]]{suggest(speed.mode, modes)}",
         )
         need(speed.bandwidth_gb_per_s > 0, f"{at} 'bandwidth_gb_per_s' must be positive")
+        need(speed.backend in ("cpu", "gpu"), f"{at} 'backend' must be cpu or gpu")
+        need(speed.prefill_error is None or speed.prefill_error > 0, f"{at} 'prefill_error' must be positive")
         need(speed.layer_ms >= 0, f"{at} 'layer_ms' must not be negative")
         need(0 < speed.relative_error < 1, f"{at} 'relative_error' must be between 0 and 1")
         need(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 import types
@@ -38,6 +39,13 @@ def data_folder(kind: str) -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "_data" / kind
     return installed if installed.is_dir() else package.parent / kind
+
+
+def user_data_folder() -> Path:
+    """Where the user's own data lives (XDG base directories); nothing is made."""
+    given = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(given) if os.path.isabs(given) else Path.home() / ".local" / "share"
+    return base / "edgeprune"
 
 
 def list_names(kind: str) -> tuple[str, ...]:

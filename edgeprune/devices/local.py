@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from edgeprune.config.targets import with_calibration, with_detected
+from edgeprune.costs.speed import CONSTANTS
 from edgeprune.devices.base import Device
-from edgeprune.records import Environment
+from edgeprune.records import DeviceTarget, Environment
 
-# decode streams weights with all cores; over published boards it reached 1.6 x what one thread copies
-_BANDWIDTH_FACTOR = 1.6
-BANDWIDTH_RELATIVE_ERROR = 0.6
+# a copy reads and writes every byte; published boards decode at about this share of their peak too
+_TRAFFIC_PER_COPY = 2.0
 _COPY_BYTES = 128 << 20
 
 # /proc/cpuinfo flag -> the name a target file uses
@@ -37,34 +41,60 @@ _ISA = {
 
 
 def detect(*, probe_seconds: float = 0.5) -> dict[str, Any]:
-    """Facts of this machine: arch, cpu, cores, isa, memory_bytes, usable_bytes and memory bandwidth.
+    """Facts of this machine: arch, cpu, cores, isa, memory_bytes, usable_bytes, and what probes measured.
 
-    `memcpy_bytes_per_s` is what one thread copies (bytes copied, not read plus written; best pass
-    within `probe_seconds`), `bandwidth_bytes_per_s` 1.6 times that: an estimate of what decode
-    reaches, good to +-60%. Both None when `probe_seconds` is 0. `methods` says how each was found.
+    `memcpy_bytes_per_s` is what one thread copies, `memcpy_all_bytes_per_s` what all of them do together
+    (bytes copied, not read plus written; best pass within `probe_seconds`). `peak_bytes_per_s` is the
+    memory bandwidth that this stands for. `matmul_float32_flops` and `matmul_int8_ops` are one thread's
+    rates with NumPy; None where NumPy is missing. All of them are None when `probe_seconds` is 0.
+    `methods` says how each was found.
     """
     info = _cpuinfo()
     memory, usable = memory_bytes()
-    copied = memcpy_bytes_per_s(probe_seconds) if probe_seconds > 0 else None
-    return {
+    one = everything = peak = single = integer = None
+    if probe_seconds > 0:
+        one = memcpy_bytes_per_s(probe_seconds)
+        everything = max(one, memcpy_bytes_per_s(probe_seconds, threads=available_threads()))
+        peak = everything * _TRAFFIC_PER_COPY / CONSTANTS.memory_share
+        single = matmul_rate("float32", probe_seconds / 2)
+        integer = matmul_rate("int8", probe_seconds / 2)
+    facts: dict[str, Any] = {
         "arch": platform.machine() or "unknown",
         "cpu": cpu_name(info),
         "cores": cores(),
         "isa": isa(info),
         "memory_bytes": memory,
         "usable_bytes": usable,
-        "memcpy_bytes_per_s": copied,
-        "bandwidth_bytes_per_s": None if copied is None else copied * _BANDWIDTH_FACTOR,
-        "bandwidth_relative_error": BANDWIDTH_RELATIVE_ERROR,
+        "memcpy_bytes_per_s": one,
+        "memcpy_all_bytes_per_s": everything,
+        "peak_bytes_per_s": peak,
+        "matmul_float32_flops": single,
+        "matmul_int8_ops": integer,
         "methods": {
             "cores": "threads this process may run on, less what its CPU quota forbids; "
             "siblings of one physical core counted once",
             "memory_bytes": "MemTotal, or the control group's limit where lower",
             "usable_bytes": "MemAvailable, or what the control group leaves where lower",
             "memcpy_bytes_per_s": f"one thread copying {_COPY_BYTES >> 20} MiB, best pass",
-            "bandwidth_bytes_per_s": f"{_BANDWIDTH_FACTOR} x memcpy, an estimate until decode is measured",
+            "memcpy_all_bytes_per_s": "all threads copying at once, best pass",
+            "peak_bytes_per_s": f"{_TRAFFIC_PER_COPY:g} x memcpy of all threads / {CONSTANTS.memory_share:g}",
+            "matmul_float32_flops": "NumPy product of two 512 x 512 matrices, best pass",
+            "matmul_int8_ops": "NumPy product of two 128 x 128 matrices (no BLAS: a lower bound), best pass",
         },
     }
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        facts["core"] = "apple"
+    return facts
+
+
+def describe(target: DeviceTarget, *, probe_seconds: float = 0.5) -> DeviceTarget:
+    """A local target with the facts of this machine, and the user's calibration of it where one fits."""
+    facts = detect(probe_seconds=probe_seconds)
+    names = ("arch", "isa", "cores", "memory_bytes", "usable_bytes", "core")
+    found = {n: facts[n] for n in names if facts.get(n)}
+    if facts["peak_bytes_per_s"]:
+        found["bandwidth_peak_bytes_per_s"] = facts["peak_bytes_per_s"]
+    return with_calibration(with_detected(target, found), cpu=facts["cpu"])
 
 
 def environment() -> Environment:
@@ -182,19 +212,48 @@ def _system_memory() -> tuple[int | None, int | None]:
     return None, None
 
 
-def memcpy_bytes_per_s(seconds: float) -> float:
-    """Bytes one thread copies per second: the fastest of the passes that fit into `seconds`."""
-    source, target = bytearray(_COPY_BYTES), bytearray(_COPY_BYTES)
-    view = memoryview(target)
-    view[:] = source  # touches every page first
+def memcpy_bytes_per_s(seconds: float, *, threads: int = 1) -> float:
+    """Bytes that this many threads copy per second together: the fastest pass that fits into `seconds`."""
+    each = _COPY_BYTES // threads
+    pairs = [(bytearray(each), bytearray(each)) for _ in range(threads)]
+    moves = [_move(target, source) for target, source in pairs]
+    best, deadline = math.inf, time.perf_counter() + seconds
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda move: move(), moves))  # touches every page first
+        while True:
+            began = time.perf_counter()
+            list(pool.map(lambda move: move(), moves))
+            now = time.perf_counter()
+            best = min(best, now - began)
+            if now >= deadline:
+                return each * threads / best
+
+
+def _move(target: bytearray, source: bytearray) -> Callable[[], object]:
+    """A copy that lets other threads run, so several add up."""
+    size = len(source)
+    to = (ctypes.c_char * size).from_buffer(target)
+    of = (ctypes.c_char * size).from_buffer(source)
+    return lambda: ctypes.memmove(to, of, size)
+
+
+def matmul_rate(dtype: str, seconds: float) -> float | None:
+    """Operations per second of one NumPy matrix product, or None without NumPy; best pass."""
+    try:
+        import numpy as np
+    except ImportError:
+        return None
+    n = 512 if dtype == "float32" else 128
+    a = np.ones((n, n), dtype=dtype)
+    a @ a  # starts the library's threads
     best, deadline = math.inf, time.perf_counter() + seconds
     while True:
         began = time.perf_counter()
-        view[:] = source
+        a @ a
         now = time.perf_counter()
         best = min(best, now - began)
         if now >= deadline:
-            return _COPY_BYTES / best
+            return 2 * n**3 / best
 
 
 # ---------------------------------------------------------------- reading the system

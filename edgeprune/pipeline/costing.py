@@ -29,16 +29,6 @@ UBATCHES = (512, 256, 128, 64, 32)
 KV_TYPES = ("f16", "q8_0")  # best quality first; a q8_0 cache costs far less than pruning
 
 
-def speed_of(target: DeviceTarget, mode: str | None) -> SpeedModel | None:
-    """The target's speed model for llama.cpp in a power mode (the default one when None)."""
-    wanted = mode if mode is not None else target.default_mode
-    rows = [s for s in target.speeds if s.runtime == "llama-cpp"]
-    for row in rows:
-        if wanted and row.mode == wanted:
-            return row
-    return rows[0] if rows else None
-
-
 @dataclasses.dataclass(slots=True)
 class CostModel:
     """Predicted bytes and speed of (dims, quantization), with the mildest launch flags that fit."""
@@ -79,7 +69,7 @@ class CostModel:
     def price(self, dims: ModelDims, file_bytes: int, tensors: list[memory_costs.StoredTensor]) -> Cost:
         """Cost of a file with these tensors; flags are the first choice that fits, else the leanest."""
         weights = sum(t.bytes for t in tensors)
-        read = sum(t.bytes for t in tensors if dims.tied or t.name != "token_embd.weight")
+        read = speed_costs.by_type([(t.name, t.type, t.bytes) for t in tensors], tied=dims.tied)
         repacked = memory_costs.repacked(tensors, self.target.isa)
         limit = self.budget.memory_bytes.value * HEADROOM
         peak, flags = 0, self.flag_choices()[0]
@@ -98,7 +88,7 @@ class CostModel:
         if self.speed is not None:
             tps, low, high = speed_costs.predict_decode(
                 dims,
-                read_bytes=read,
+                read=read,
                 flags=flags,
                 context_tokens=self.workload.prompt_tokens,
                 speed=self.speed,

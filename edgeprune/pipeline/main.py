@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from edgeprune import bench, data, planner, quality, registry, rundir, selection
 from edgeprune.config import budget as budgets
-from edgeprune.config.targets import with_detected
+from edgeprune.config.targets import read_calibration, with_calibration
+from edgeprune.costs import speed
 from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
@@ -32,7 +33,6 @@ from edgeprune.records import (
     Profile,
     QualitySummary,
     Selection,
-    SpeedModel,
     make_key,
 )
 from edgeprune.report import build as report_build
@@ -156,26 +156,13 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
 def _with_machine(folder: rundir.RunDir, target: DeviceTarget) -> DeviceTarget:
     """Facts of this machine, detected once per run folder: a probe's noise must not change a resumed run."""
     if not target.local:
-        return target
-    key = make_key("detected", target.key)
+        return with_calibration(target)
+    calibrated = read_calibration(target.name)
+    key = make_key("detected", target.key, None if calibrated is None else calibrated.key)
     found = folder.find(DeviceTarget, key, kind="detected")
     if found is not None:
         return found
-    facts = local.detect()
-    names = ("arch", "isa", "cores", "memory_bytes", "usable_bytes")
-    detected = with_detected(target, {n: facts[n] for n in names if facts.get(n)})
-    bandwidth = facts.get("bandwidth_bytes_per_s")
-    if bandwidth:
-        probed = SpeedModel(
-            runtime="llama-cpp",
-            mode="",
-            bandwidth_bytes_per_s=bandwidth,
-            layer_ns=0.0,
-            compute_flops=None,
-            relative_error=facts["bandwidth_relative_error"],
-            source="1.6 x the memory copy speed of one thread, probed on this machine",
-        )
-        detected = dataclasses.replace(detected, speeds=(probed,))
+    detected = local.describe(target)
     detected = dataclasses.replace(detected, key=key)
     folder.write(detected, kind="detected")
     return detected
@@ -316,7 +303,7 @@ class _Job:
             target=self.target,
             budget=self.budget,
             workload=self.profile.workload,
-            speed=costing.speed_of(self.target, self.options.mode),
+            speed=speed.speed_model(self.target, mode=self.options.mode, threads=self.options.threads),
             tokenizer=costing.tokenizer_kind(parent.tokenizer_kvs),
         )
 
