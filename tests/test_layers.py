@@ -36,6 +36,8 @@ LAYERS = {
     "gradients": 7,
     "compensation": 7,
     "surgery": 7,
+    "reconstruction": 7.5,  # takes the columns from compensation
+    "sensitivity": 7.7,  # runs models that a reconstruction made
     "recovery": 7,
     "quality": 7,
     "exporters": 8,
