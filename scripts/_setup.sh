@@ -158,8 +158,8 @@ ensure() { # run | dev
         rm -f "$VENV/.edgeprune-unfinished"
     fi
     if [[ "$1" == dev ]] && ! stamp_is_current dev; then
-        say "adding the developer tools"
-        pip_install -e "$ROOT[$EXTRAS,dev]" || refuse "the developer tools could not be installed" "see above"
+        say "adding the developer tools and the ONNX libraries"
+        pip_install -e "$ROOT[$EXTRAS,onnx,dev]" || refuse "the developer tools could not be installed" "see above"
         write_stamp dev
     fi
     exec 9>&-

@@ -54,6 +54,7 @@ LAYERS = {
 FOUNDATION = {("registry", "errors"), ("units", "errors")}
 TORCH_FREE = {name for name, layer in LAYERS.items() if layer < 6 or layer in (10, 12)}
 HEAVY = {"torch", "transformers", "safetensors", "gguf", "llama_cpp", "datasets", "tokenizers"}
+HEAVY |= {"onnx", "onnxruntime", "onnxruntime_genai"}
 NUMPY_FROM = 5
 
 FILES = sorted(PACKAGE.rglob("*.py"))

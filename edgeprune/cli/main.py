@@ -26,6 +26,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPE
 _EXTRA_OF = {
     **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub"), "torch"),
     **dict.fromkeys(("gguf", "llama_cpp"), "gguf"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai"), "onnx"),
     "datasets": "data",
 }
 

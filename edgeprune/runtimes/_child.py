@@ -1,0 +1,67 @@
+"""Run one job in a fresh process that answers with a JSON file; a crash of a library ends only the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import StageError
+
+_TAIL_LINES = 3
+
+
+def run(module: str, job: str, args: dict[str, Any], *, timeout_s: float, label: str) -> dict[str, Any]:
+    """Start `python -m module JOBFILE` and return its answer. Raises StageError with its last words."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        job_file, result, errors = (Path(folder, n) for n in ("job.json", "result.json", "stderr"))
+        job_file.write_text(
+            json.dumps({**args, "job": job, "result": str(result), "parent": os.getpid()}), encoding="utf-8"
+        )
+        with errors.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(job_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                cwd=Path(__file__).resolve().parents[2],  # found even when edgeprune is not installed
+            )
+            try:
+                code = process.wait(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                raise StageError(
+                    f"{label} {job} did not finish within {timeout_s:.0f} s",
+                    "use a smaller model or fewer tokens",
+                ) from None
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        if not result.exists():
+            raise StageError(f"{label} {job} {_ending(code)}: {_tail(errors)}")
+        answer = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise StageError(answer["error"])
+    return dict(answer["ok"])
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"stopped with exit code {code}"
+    try:
+        return f"crashed ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"crashed (signal {-code})"
+
+
+def _tail(errors: Path) -> str:
+    """The last lines a job wrote, as one line."""
+    with errors.open("rb") as f:
+        f.seek(max(0, errors.stat().st_size - 4096))
+        lines = [line.strip() for line in f.read().decode("utf-8", "replace").splitlines()]
+    return " | ".join([line for line in lines if line][-_TAIL_LINES:]) or "it said nothing"
