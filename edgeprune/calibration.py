@@ -17,12 +17,17 @@ from torch import nn
 from edgeprune import checkpoint
 from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError
-from edgeprune.families.base import Family
+from edgeprune.families.base import ACTIVATION_LIPSCHITZ, Family
 from edgeprune.metrics.base import Array, Metric, Need
 from edgeprune.progress import Progress, Silent
 from edgeprune.records import Axis, LayerShape, ModelDims, ModelGraph
 
 T = TypeVar("T")
+
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
 
 # what quantization wants: mean squared input of every matrix
 IMATRIX_NEEDS = frozenset(
@@ -65,12 +70,15 @@ class Collector:
         if self.shape.n_kv_heads:
             self._on_input("q", self._attn_in)
             self._on_input("o", self._o_in)
+            self._on_inv_rms("o", Need.ATTN_OUT_INV_RMS)
         if self.shape.n_ff:
             self._on_input("ffn_norm", self._norm_in)
             self._on_input("gate", self._ffn_in)
             self._on_input("down", self._down_in)
+            self._on_inv_rms("down", Need.FFN_OUT_INV_RMS)
             if Need.GATE_ABS in self.needs:
-                self._on_output("gate", lambda z: self._mean(Need.GATE_ABS, nn.functional.silu(z).abs()))
+                f = _ACTIVATIONS[self.family.activation]
+                self._on_output("gate", lambda z: self._mean(Need.GATE_ABS, f(z).abs()))
             if Need.UP_ABS in self.needs:
                 self._on_output("up", lambda z: self._mean(Need.UP_ABS, z.abs()))
         return self
@@ -93,6 +101,19 @@ class Collector:
         self._hooks.append(
             self._module(role).register_forward_hook(lambda _, __, out: None if self._trying else see(out))
         )
+
+    def _on_inv_rms(self, role: str, need: Need) -> None:
+        """Mean 1/rms of a matrix's output where a norm follows it; one where none does."""
+
+        def see(z: torch.Tensor) -> None:
+            if not self.family.post_norms:
+                self._add(need, z.new_full((1,), z.numel() // z.shape[-1]))
+                return
+            rms = (z.double().square().mean(dim=-1) + self.dims.rms_eps).sqrt()
+            self._add(need, (1.0 / rms).sum().reshape(1))
+
+        if need in self.needs:
+            self._on_output(role, see)
 
     def _mean(self, need: Need, value: torch.Tensor) -> None:
         if need in self._summed:
@@ -156,17 +177,33 @@ class Collector:
         """Squared change of the block's output for each removed KV group; one FFN pass per group."""
         assert self._u is not None
         if self._y is None:  # no FFN in this layer: the change reaches the output as it is
-            return torch.stack([d.double().square().sum() for d in self._group_deltas(self._u)])
+            return torch.stack([d.double().square().sum() for d in self._moves()])
         norm, mlp = self._module("ffn_norm"), self.layer.mlp
+        after_mlp = self._module("ffn_post_norm") if self.family.post_norms else nn.Identity()
         y = self._y.flatten(0, -2)
         flat_out = out.flatten(0, -2)
         changes = []
         self._trying = True
-        for delta in self._group_deltas(self._u):
+        for delta in self._moves():
             moved = y - delta
-            changes.append((moved + mlp(norm(moved)) - flat_out).double().square().sum())  # type: ignore[operator]
+            through = after_mlp(mlp(norm(moved)))  # type: ignore[operator]
+            changes.append((moved + through - flat_out).double().square().sum())
         self._trying = False
         return torch.stack(changes)
+
+    def _moves(self) -> list[torch.Tensor]:
+        """What each KV group's removal takes from the stream, [tokens, d]."""
+        assert self._u is not None
+        deltas = self._group_deltas(self._u)
+        if not self.family.post_norms:
+            return deltas
+        norm = self._module("attn_post_norm")
+        o = self._module("o")
+        whole = self._u.flatten(0, -2) @ o.weight.T  # type: ignore[operator, union-attr]
+        if o.bias is not None:
+            whole = whole + o.bias
+        normed = norm(whole)
+        return [normed - norm(whole - delta) for delta in deltas]
 
     def finish(self) -> dict[Need, np.ndarray]:
         """Means over tokens as float32 arrays; HEAD_EXACT as a root mean square."""
@@ -198,6 +235,14 @@ class View:
     def qk_norm(self) -> bool:
         return self.family.qk_norm
 
+    @property
+    def post_norms(self) -> bool:
+        return self.family.post_norms
+
+    @property
+    def gate_lipschitz(self) -> float:
+        return ACTIVATION_LIPSCHITZ[self.family.activation]
+
     def at(self, layer: int) -> View:
         return View(self.family, self.dims, layer, self.source, self.arrays, {}, self._shared)
 
@@ -213,8 +258,11 @@ class View:
 
     def weight(self, role: str) -> Array:
         if role not in self._weights:
-            tensor = self.source.tensor(self.family.tensor(role, self.layer))
-            self._weights[role] = checkpoint.to_float32(tensor)
+            tensor = checkpoint.role_tensor(self.source, self.family, self.dims, role, self.layer)
+            values = checkpoint.to_float32(tensor)
+            if role.endswith("norm") and self.family.norm_offset:
+                values = values + np.float32(self.family.norm_offset)
+            self._weights[role] = values
         return self._weights[role]
 
     def stat(self, need: Need) -> Array:
@@ -266,39 +314,30 @@ class _Walk:
         self.family = graphs.find_family(dims.family)
         self.dims = dims
         self.needs = needs
-        self.model = checkpoint.skeleton(source.config, dims)
+        self.model = checkpoint.skeleton(source.config, dims, split=True)
         ids = torch.from_numpy(np.ascontiguousarray(tokens)).long()
-        embed = source.tensor(self.family.tensor("embed"))
-        self.stream = embed[ids].to(device=device, dtype=torch.float32)
+        self._layers = checkpoint.Stream(self.model, dims, tokens.shape[1], device)
+        self.stream = self._layers.embed(source, ids)
         self._source = source
         self._batch = max(1, batch_tokens // tokens.shape[1])
-        self._positions = torch.arange(tokens.shape[1], device=device)[None]
-        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
-        self._rotary = decoder.rotary_emb(self.stream[:1], position_ids=self._positions)
 
     def _batches(self) -> list[slice]:
         return [slice(start, start + self._batch) for start in range(0, len(self.stream), self._batch)]
-
-    def _run(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = layer(
-            x, attention_mask=None, position_ids=self._positions, position_embeddings=self._rotary
-        )
-        return out
 
     def collect(self, index: int, layer: nn.Module, *, move: bool = True) -> dict[str, np.ndarray]:
         """Statistics of one layer; with `move` the stream becomes the layer's output."""
         with Collector(self.family, layer, self.dims.layers[index], self.dims, self.needs) as collector:
             for part in self._batches():
                 before = self.stream[part].clone()
-                out = self._run(layer, before)
+                out = self._layers.run(index, layer, before)
                 collector.after(before, out)
                 if move:
                     self.stream[part] = out
         return {f"layers.{index}.{need.value}": value for need, value in collector.finish().items()}
 
-    def move(self, layer: nn.Module) -> None:
+    def move(self, index: int, layer: nn.Module) -> None:
         for part in self._batches():
-            self.stream[part] = self._run(layer, self.stream[part].clone())
+            self.stream[part] = self._layers.run(index, layer, self.stream[part].clone())
 
     def check(self, index: int) -> None:
         """Raises ConfigError when the stream is not finite. Drops file pages that were read so far."""
@@ -316,18 +355,14 @@ def forward(
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     ids = torch.from_numpy(np.ascontiguousarray(tokens)).long()
     with torch.inference_mode():
-        embed = source.tensor(family.tensor("embed"))
-        stream = embed[ids].to(device=device, dtype=torch.float32)
-        positions = torch.arange(ids.shape[1], device=device)[None]
-        rotary = decoder.rotary_emb(stream[:1], position_ids=positions)
+        layers = checkpoint.Stream(model, dims, ids.shape[1], device)
+        stream = layers.embed(source, ids)
         for index in range(len(dims.layers)):
             with checkpoint.resident_layer(model, index, source, device=device) as layer:
-                stream = layer(
-                    stream, attention_mask=None, position_ids=positions, position_embeddings=rotary
-                )
+                stream = layers.run(index, layer, stream)
         checkpoint.fill_(decoder.norm, family.roles["final_norm"] + ".", source, torch.float32, device)
         stream = decoder.norm(stream)
-        head = embed if dims.tied else source.tensor(family.tensor("head"))
+        head = source.tensor(family.tensor("embed" if dims.tied else "head"))
         logits = stream @ head.to(device=device, dtype=torch.float32).T
     return logits.cpu().numpy()
 
@@ -419,7 +454,7 @@ def score_sequential(
                     if len(kept) < axis.n_units:
                         found.kept[axis.name] = kept
                         _silence_(layer, index, axis, kept)
-                walk.move(layer)
+                walk.move(index, layer)
             walk.check(index)
             bar.advance()
     return found

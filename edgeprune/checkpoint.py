@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError, StageError, UnsupportedModelError
 from edgeprune.families.base import LAYER_LIST_KEY, Family
-from edgeprune.locate import check_tensors, find_tensors, read_json
+from edgeprune.locate import check_tensors, find_tensors, read_config
 from edgeprune.records import LayerShape, ModelDims, ModelGraph
 
 
@@ -56,10 +57,11 @@ class SafetensorsSource:
         self.folder = folder
         if not folder.is_dir():
             raise ConfigError(f"model folder {folder} does not exist")
-        self._config = read_json(folder / "config.json")
+        self._config = read_config(folder)
         found = find_tensors(folder)
-        self._files = {name: path for name, (path, _) in found.items()}
-        self._shapes = {name: shape for name, (_, shape) in found.items()}
+        self._files = {name: path for name, (path, _, _) in found.items()}
+        self._shapes = {name: shape for name, (_, shape, _) in found.items()}
+        self._stored_as = {name: stored for name, (_, _, stored) in found.items()}
         self._open: dict[Path, Any] = {}
         self._fingerprint: str | None = None
 
@@ -101,7 +103,7 @@ class SafetensorsSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         try:
-            tensor: torch.Tensor = self._handle(name).get_tensor(name)
+            tensor: torch.Tensor = self._handle(name).get_tensor(self._stored_as[name])
         except (SafetensorError, ValueError) as error:
             raise ConfigError(f"{self.folder}: tensor {name} cannot be read: {error}") from None
         if not tensor.is_floating_point():
@@ -137,6 +139,20 @@ class NoFeedForward(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class SplitLinear(nn.Module):
+    """A fused matrix as one Linear per role, so that each can be watched; outputs are put side by side."""
+
+    def __init__(self, fused: nn.Module, sizes: dict[str, int]) -> None:
+        super().__init__()
+        columns, bias = fused.weight.shape[1], fused.bias is not None  # type: ignore[union-attr, index]
+        self.sizes = sizes
+        for role, rows in sizes.items():
+            self.add_module(role, nn.Linear(columns, rows, bias=bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.get_submodule(role)(x) for role in self.sizes], dim=-1)
+
+
 def hf_config(config: dict[str, Any]) -> Any:
     """config.json as a transformers configuration, without our own keys. Raises UnsupportedModelError."""
     from transformers import AutoConfig
@@ -157,8 +173,11 @@ def hf_config(config: dict[str, Any]) -> Any:
     return made
 
 
-def skeleton(config: dict[str, Any], dims: ModelDims) -> nn.Module:
-    """A transformers model on the meta device whose layers have the widths of `dims`. No weights."""
+def skeleton(config: dict[str, Any], dims: ModelDims, *, split: bool = False) -> nn.Module:
+    """A transformers model on the meta device whose layers have the widths of `dims`. No weights.
+
+    With `split` fused matrices are SplitLinear, as calibration wants them; `fill_` knows how to fill both.
+    """
     from transformers import AutoModelForCausalLM
 
     base = hf_config(config)
@@ -174,11 +193,17 @@ def skeleton(config: dict[str, Any], dims: ModelDims) -> nn.Module:
         layer_class = type(layers[0])
         for index, shape in enumerate(dims.layers):
             layers[index] = _make_layer(layer_class, base, family, shape, index)
+            if split:
+                _split_(layers[index], family, dims, index)
     # buffers such as rotary frequencies are computed, not loaded: make them for real
     decoder = model.get_decoder()
     for name, module in list(decoder.named_children()):
         if "rotary" in name:
             setattr(decoder, name, type(module)(config=base))
+    embed = decoder.embed_tokens
+    if family.scaled_embedding:
+        scale = torch.tensor(family.embed_scale(dims), dtype=torch.float32)
+        embed.register_buffer("embed_scale", scale, persistent=False)
     model.eval()
     return model
 
@@ -193,11 +218,22 @@ def _make_layer(layer_class: type, base: Any, family: Family, shape: LayerShape,
     layer = layer_class(own, index)
     if not shape.n_kv_heads:
         layer.self_attn = NoAttention()
-        set_role(layer, family, "attn_norm", nn.Identity())
     if not shape.n_ff:
         layer.mlp = NoFeedForward()
-        set_role(layer, family, "ffn_norm", nn.Identity())
+    kept = family.layer_roles(shape)
+    for role in ("attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"):
+        if role in family.roles and role not in kept:
+            set_role(layer, family, role, nn.Identity())
     return layer
+
+
+def _split_(layer: nn.Module, family: Family, dims: ModelDims, index: int) -> None:
+    """Replace fused matrices by SplitLinear."""
+    for role in family.layer_roles(dims.layers[index]):
+        roles = family.fused_with(role)
+        if len(roles) > 1 and role == roles[0]:
+            sizes = {r: family.part(dims, r, index).block for r in roles}
+            set_role(layer, family, role, SplitLinear(role_module(layer, family, role), sizes))
 
 
 def _inner_path(family: Family, role: str) -> str:
@@ -205,8 +241,12 @@ def _inner_path(family: Family, role: str) -> str:
 
 
 def role_module(layer: nn.Module, family: Family, role: str) -> nn.Module:
-    """The submodule of a decoder layer that plays a role ('q', 'down', 'ffn_norm', …)."""
-    return layer.get_submodule(_inner_path(family, role))
+    """The submodule of a decoder layer that plays a role ('q', 'down', 'ffn_norm', …).
+
+    In a fused matrix that is not split it is the whole.
+    """
+    module = layer.get_submodule(_inner_path(family, role))
+    return module.get_submodule(role) if isinstance(module, SplitLinear) else module
 
 
 def set_role(layer: nn.Module, family: Family, role: str, module: nn.Module) -> None:
@@ -216,7 +256,17 @@ def set_role(layer: nn.Module, family: Family, role: str, module: nn.Module) -> 
 
 def fill_(module: nn.Module, prefix: str, source: Source, dtype: torch.dtype, device: str = "cpu") -> None:
     """Load every parameter of `module` from `source`, names prefixed. Replaces meta parameters in place."""
+    for name, part in list(module.named_modules()):
+        if isinstance(part, SplitLinear):
+            path = f"{prefix}{name}"
+            for leaf in ("weight", "bias") if next(part.children()).bias is not None else ("weight",):
+                rows = source.tensor(f"{path}.{leaf}").split(list(part.sizes.values()))
+                for role, value in zip(part.sizes, rows, strict=True):
+                    value = finite(value, f"{path}.{leaf}").to(device=device, dtype=dtype)
+                    setattr(part.get_submodule(role), leaf, nn.Parameter(value, requires_grad=False))
     for name, parameter in list(module.named_parameters()):
+        if isinstance(module.get_submodule(".".join(name.split(".")[:-2])), SplitLinear):
+            continue
         full = prefix + name
         value = finite(source.tensor(full), full).to(device=device, dtype=dtype)
         if value.shape != parameter.shape:
@@ -269,10 +319,64 @@ def assemble(
     else:
         fill_(model.lm_head, family.roles["head"] + ".", source, dtype, device)  # type: ignore[arg-type]
     model.to(device)
-    left = [name for name, p in model.named_parameters() if p.is_meta]
+    left = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
     if left:
         raise StageError(f"no weights were found for {left[0]} and {len(left) - 1} more tensors")
     return model
+
+
+def role_tensor(
+    source: Source, family: Family, dims: ModelDims, role: str, layer: int, suffix: str = "weight"
+) -> torch.Tensor:
+    """The tensor that plays a role in a layer; its own rows where the checkpoint holds it fused."""
+    whole = source.tensor(family.tensor(role, layer, suffix))
+    if len(family.fused_with(role)) == 1:
+        return whole
+    part = family.part(dims, role, layer, suffix)
+    return whole[part.offset : part.offset + part.block]
+
+
+class Stream:
+    """Runs the layers of a skeleton one at a time, each with the rotary table and mask of its kind."""
+
+    def __init__(self, model: nn.Module, dims: ModelDims, n_tokens: int, device: str = "cpu") -> None:
+        config: Any = model.config
+        self._decoder: Any = model.get_decoder()  # type: ignore[operator]
+        self._family, self._dims, self._device = graphs.find_family(dims.family), dims, device
+        self._positions = torch.arange(n_tokens, device=device)[None]
+        window = getattr(config, "sliding_window", None)
+        self._kinds = getattr(config, "layer_types", None)
+        if self._kinds is None:
+            self._kinds = ["sliding_attention" if window else "full_attention"] * len(dims.layers)
+        self._mask: torch.Tensor | None = None  # of sliding layers; None: causal, which the kernel knows
+        if window and n_tokens > window:
+            distance = self._positions[0][:, None] - self._positions[0][None]
+            self._mask = ((distance >= 0) & (distance < window))[None, None]
+        self._rotary: dict[str, Any] = {}
+
+    def embed(self, source: Source, ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first layer, [N, T, d] float32."""
+        table = source.tensor(self._family.tensor("embed"))
+        stream = table[ids].to(device=self._device, dtype=torch.float32)
+        if self._family.scaled_embedding:
+            stream = stream * self._family.embed_scale(self._dims)
+        rotary = self._decoder.rotary_emb
+        by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+        for kind in set(self._kinds):
+            more = {"layer_type": kind} if by_kind else {}
+            self._rotary[kind] = rotary(stream[:1], position_ids=self._positions, **more)
+        return stream
+
+    def run(self, index: int, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Output of decoder layer `index` for x [n, T, d]."""
+        kind = self._kinds[index]
+        out: torch.Tensor = layer(
+            x,
+            attention_mask=self._mask if kind == "sliding_attention" else None,
+            position_ids=self._positions,
+            position_embeddings=self._rotary[kind],
+        )
+        return out
 
 
 def to_float32(tensor: torch.Tensor) -> np.ndarray:

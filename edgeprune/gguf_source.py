@@ -208,8 +208,9 @@ class GgufSource:
             config[LAYER_LIST_KEY] = rows
         for name in ("bos", "eos", "padding"):
             value = self._values.get(f"tokenizer.ggml.{name}_token_id")
-            if type(value) is int and 0 <= value < embed.dims[1]:
-                config[f"{'pad' if name == 'padding' else name}_token_id"] = value
+            there = type(value) is int and 0 <= value < embed.dims[1]
+            # said even where there is none: a family's default may lie beyond a small vocabulary
+            config[f"{'pad' if name == 'padding' else name}_token_id"] = value if there else None
         prefix = f"{self.arch}."
         values = {k.removeprefix(prefix): v for k, v in self._values.items() if k.startswith(prefix)}
         return self.family.read_gguf(values, config)

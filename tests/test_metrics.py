@@ -124,6 +124,9 @@ class Sheet:
         }
     )
 
+    post_norms: bool = False
+    gate_lipschitz: float = 1.1
+
     @property
     def shape(self) -> LayerShape:
         return self.dims.layers[self.layer]

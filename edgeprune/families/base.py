@@ -255,10 +255,13 @@ def layer_roles(**over: str) -> dict[str, str]:
     return {r: n if r in outside else f"model.layers.{{l}}.{n}" for r, n in names.items()}
 
 
+_MULTIMODAL = ("gemma3",)  # whose text part is a family of its own
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's own part of a multimodal config.json; a plain one as it is."""
     inner = config.get("text_config")
-    if not isinstance(inner, dict):
+    if config.get("model_type") not in _MULTIMODAL or not isinstance(inner, dict):
         return config
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     shared: dict[str, Any] = {key: config[key] for key in keys if key in config}

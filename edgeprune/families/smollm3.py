@@ -60,6 +60,6 @@ FAMILY = Family(
     reference="https://huggingface.co/HuggingFaceTB/SmolLM3-3B",
     read_dims=read_dims,
     roles=layer_roles(),
-    gguf=(GgufArch(name="smollm3", index_problem=index_problem),),
+    gguf=(GgufArch(name="smollm3", norm_order=True, index_problem=index_problem),),
     rope_theta=2_000_000.0,
 )

@@ -43,7 +43,9 @@ class Need(enum.Enum):
     HEAD_DELTA_ABS = "head_delta_abs"  # [K, d] mean |u_k Wo,k'|
     HEAD_EXACT = "head_exact"  # [K] ||out - out(y - u_k Wo,k')||_F over all tokens, per sqrt(token)
     INV_RMS = "inv_rms"  # [1] mean 1/rms(y), y the input of the FFN norm
-    GATE_ABS = "gate_abs"  # [m] mean |silu(gate)|
+    ATTN_OUT_INV_RMS = "attn_out_inv_rms"  # [1] mean 1/rms of what o hands to a norm behind it; else 1
+    FFN_OUT_INV_RMS = "ffn_out_inv_rms"  # [1] mean 1/rms of what down hands to a norm behind it; else 1
+    GATE_ABS = "gate_abs"  # [m] mean |f(gate)|, f the family's activation
     UP_ABS = "up_abs"  # [m] mean |up|
     OUT_SQUARES = "out_squares"  # [1] mean ||out||^2 of the layer's output
     BLOCK_COSINE = "block_cosine"  # [3] mean cos(in, out): layer, attention block, FFN block
@@ -98,8 +100,19 @@ class LayerView(Protocol):
         """Queries and keys are normalised per head, so their signed sums carry no information."""
         ...
 
+    @property
+    def post_norms(self) -> bool:
+        """Attention and FFN outputs pass a norm before they join the stream."""
+        ...
+
+    @property
+    def gate_lipschitz(self) -> float:
+        """sup |f'| of the activation between gate and up."""
+        ...
+
     def weight(self, role: str) -> Array:
-        """[out, in] float32; role: q k v o gate up down attn_norm ffn_norm."""
+        """[out, in] float32; role: q k v o gate up down, or a norm, as the factor that it multiplies by:
+        attn_norm ffn_norm, with post_norms attn_post_norm ffn_post_norm."""
         ...
 
     def stat(self, need: Need) -> Array: ...
