@@ -88,10 +88,10 @@ def open_header(model: str | None, *, with_tokenizer: bool = True) -> ModelHeade
             license_name=license_name,
             bytes_by_type=totals,
         )
-    config = locate.read_json(path / "config.json")
+    config = locate.read_config(path)
     built = graph.build(config)
     tensors = locate.find_tensors(path)
-    locate.check_tensors(path, {name: shape for name, (_, shape) in tensors.items()}, built)
+    locate.check_tensors(path, {name: shape for name, (_, shape, _) in tensors.items()}, built)
     return ModelHeader(
         name=model if model and not Path(model).exists() else path.resolve().name,
         path=path,
