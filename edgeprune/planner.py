@@ -59,9 +59,17 @@ def _reasons(space: PlanSpace, allocator: str, widths: Widths) -> dict[str, str]
     return {axis.name: why(space, widths, axis) for axis in space.graph.axes}
 
 
-def make_plan(space: PlanSpace, allocator: str, requested: float, widths: Widths) -> PrunePlan:
+def make_plan(
+    space: PlanSpace,
+    allocator: str,
+    requested: float,
+    widths: Widths,
+    *,
+    kept: dict[str, tuple[int, ...]] | None = None,
+) -> PrunePlan:
+    """A plan of these widths; the best units stay, or those of `kept`."""
     graph = space.graph
-    kept = kept_indices(space, widths)
+    kept = kept_indices(space, widths) if kept is None else kept
     dims = prune_dims(graph, kept)
     after = graph_of(find_family(dims.family), dims)
     ratio = 1 - after.decoder_params / graph.decoder_params

@@ -123,6 +123,9 @@ class Recipe:
     quantizations: tuple[str, ...]
     ratios: tuple[float, ...]  # rungs of the ladder beside the ones that just fit
     max_measured: int
+    compensation: str = "none"  # ridge, bias or none
+    compensation_samples: int = 64  # windows that the ridge is solved on
+    compensation_tokens: int = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +327,8 @@ class PrunePlan:
     binding: str | None  # what stopped the plan short of the requested ratio
     key: str
     why: dict[str, str] = field(default_factory=dict)  # axis -> why it got its width
+    compensation: str = "none"  # ridge: o and down solved anew; bias: biases give back the mean
+    steps: int = 1  # small cuts with new scores in between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

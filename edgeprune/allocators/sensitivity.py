@@ -16,6 +16,7 @@ from edgeprune.allocators.base import Allocator, Array, Curve, PlanSpace, Widths
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.records import Axis
 
+_BEYOND = 10.0  # times the last measured slope
 _GAP = 1e-5  # of the summed damage: far below what a measurement can tell
 
 
@@ -34,8 +35,8 @@ def damages(space: PlanSpace, axis: Axis) -> tuple[list[int], Array]:
         return widths, np.zeros(len(widths))
     inside = PchipInterpolator(known, values, extrapolate=False)
     found = np.asarray(inside(np.array(widths, dtype=np.float64)))
-    # below the narrowest measured width: on along the last slope
-    slope = (values[0] - values[1]) / (known[1] - known[0])
+    # below the narrowest measured width curves bend upwards: go there only where nothing else is left
+    slope = _BEYOND * (values[0] - values[1]) / (known[1] - known[0])
     below = np.array(widths) < known[0]
     found[below] = values[0] + slope * (known[0] - np.array(widths)[below])
     return widths, found

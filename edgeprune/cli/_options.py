@@ -116,7 +116,41 @@ def cut_options(command: F) -> F:
             metavar="NAME",
             default="uniform",
             show_default=True,
-            help="uniform: same widths in every layer; global: one threshold over all layers.",
+            help="uniform: same widths in every layer; global: one threshold over all layers; sensitivity: "
+            "least summed KL, measured per axis; search: that, refined by measured KL.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def refine_options(command: F) -> F:
+    """Add --compensation, --compensation-samples, --steps and --blocks."""
+    for decorate in (
+        click.option("--blocks", is_flag=True, help="Whole attention and FFN blocks may leave as well."),
+        click.option(
+            "--steps",
+            type=click.IntRange(min=1, max=64),
+            default=1,
+            show_default=True,
+            metavar="K",
+            help="Cut in K small steps, with new scores (and compensation) in between.",
+        ),
+        click.option(
+            "--compensation-samples",
+            type=click.IntRange(min=1),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Windows of 512 calibration tokens that compensation and damage curves look at.",
+        ),
+        click.option(
+            "--compensation",
+            type=click.Choice(["ridge", "bias", "none"]),
+            default="none",
+            show_default=True,
+            help="ridge: solve the output matrices anew on what stays; bias: add biases that give back "
+            "the mean, where the runtime has a place for them.",
         ),
     ):
         command = decorate(command)

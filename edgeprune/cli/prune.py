@@ -13,6 +13,7 @@ from edgeprune.cli._options import (
     metric_option_option,
     model_argument,
     out_option,
+    refine_options,
 )
 from edgeprune.cli._output import format_option
 from edgeprune.errors import ConfigError
@@ -31,6 +32,10 @@ _DECIDED = (
     "protect_first",
     "protect_last",
     "width_multiple",
+    "compensation",
+    "compensation_samples",
+    "steps",
+    "blocks",
 )
 
 
@@ -47,6 +52,7 @@ _DECIDED = (
     help="Instead: cut along a plan of 'edgeprune plan'.",
 )
 @cut_options
+@refine_options
 @calibration_options
 @out_option("DIR", "New Hugging Face folder; an earlier result of this verb is replaced.")
 @format_option
@@ -62,6 +68,10 @@ def command(
     protect_first: int,
     protect_last: int,
     width_multiple: int,
+    compensation: str,
+    compensation_samples: int,
+    steps: int,
+    blocks: bool,
     calibration: str | None,
     samples: int,
     length: int,
@@ -77,6 +87,7 @@ def command(
     \b
     Examples:
       edgeprune prune ./my-model --metric llm-bip --ratio 0.2 --out pruned
+      edgeprune prune ./my-model --ratio 0.2 --allocator sensitivity --compensation ridge --out pruned
       edgeprune prune ./my-model --plan plan.json --out pruned
     """
     if (ratio is None) == (plan_file is None):
@@ -113,6 +124,10 @@ def command(
                     width_multiple=width_multiple,
                     protect_first=protect_first,
                     protect_last=protect_last,
+                    blocks=blocks,
+                    steps=steps,
+                    compensation=compensation,
+                    compensation_samples=compensation_samples,
                 ),
                 progress=progress,
             )

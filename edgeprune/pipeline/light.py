@@ -215,9 +215,13 @@ def hand_constraints(width_multiple: int) -> Constraints:
     return Constraints(
         format="none",
         ffn=UnitRule(
-            uniform_across_layers=False, multiple_of=width_multiple, min_keep=width_multiple, fixed=False
+            uniform_across_layers=False,
+            multiple_of=width_multiple,
+            min_keep=width_multiple,
+            fixed=False,
+            whole=True,
         ),
-        kv=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
+        kv=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False, whole=True),
         reasons=(f"FFN width in steps of {width_multiple}: asked for",),
     )
 
@@ -327,10 +331,13 @@ def load_plan(path: Path, of: ModelGraph) -> PrunePlan:
     axes = {axis.name: axis for axis in of.axes}
     for name, units in found.kept.items():
         axis = axes.get(name)
-        legal = axis is not None and 0 < len(units) <= axis.n_units
+        legal = axis is not None and len(units) <= axis.n_units
         if not legal or list(units) != sorted({u for u in units if 0 <= u < axis.n_units}):  # type: ignore[union-attr]
             raise ConfigError(f"{path}: '{name}' does not list units of this model", "plan for this model")
-    if graph.prune_dims(of, found.kept) != found.dims:
+    expected = graph.prune_dims(of, found.kept)
+    if found.compensation == "bias":
+        expected = dataclasses.replace(expected, qkv_bias=True, o_bias=True, mlp_bias=True)
+    if expected != found.dims:
         raise ConfigError(f"{path} was made for another model: the sizes differ", "plan for this model")
     return found
 

@@ -14,13 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import calibration, checkpoint, data, planner, registry, rundir, surgery, tokenizer, verify
+from edgeprune import (
+    calibration,
+    checkpoint,
+    compensation,
+    data,
+    planner,
+    registry,
+    rundir,
+    surgery,
+    tokenizer,
+    verify,
+)
+from edgeprune import graph as graphs
 from edgeprune.costs.gguf_types import FLOATS, check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, StageError
 from edgeprune.exporters import gguf
 from edgeprune.metrics.base import Metric, is_sequential
-from edgeprune.pipeline import light, prepare
+from edgeprune.pipeline import light, prepare, refine
 from edgeprune.pipeline.lane import VERIFY_TOKENS, verify_flags
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import PlanSpace
@@ -59,6 +71,10 @@ class Cut:
     width_multiple: int
     protect_first: int
     protect_last: int
+    blocks: bool = False  # whole attention and FFN blocks may leave
+    steps: int = 1
+    compensation: str = "none"
+    compensation_samples: int = 64  # windows of 512 tokens
 
 
 @contextlib.contextmanager
@@ -207,20 +223,80 @@ def prune(
             poolable=metric.poolable(options),
             constraints=light.hand_constraints(cut.width_multiple),
             metric=metric.name,
+            blocks=cut.blocks,
             protected=light.protected_layers(
                 len(parent.graph.dims.layers), cut.protect_first, cut.protect_last
             ),
         )
         # what can be refused is refused before the slow part
         planner.check_ratio(space, cut.allocator, cut.ratio)
+        refine.check_compensation(cut.compensation)
+        if cut.compensation == "bias":
+            compensation.compensated_dims(parent.graph.dims)
+        if cut.steps > 1 and is_sequential(options):
+            raise ConfigError(f"{metric.name} sequential=yes scores in one pass", "use --steps 1")
+        allocator = planner.load_allocator(cut.allocator)
         widths = None
         if is_sequential(options):
             widths = _widths_in_order(run, parent, metric, options, on, cut, space, progress)
         _, record, values = _scores(run, parent, metric, options, on, progress, widths)
-        scored = dataclasses.replace(space, scores=values, poolable=record.poolable, scores_key=record.key)
-        plan = planner.plan_ratio(scored, cut.allocator, cut.ratio, widths=widths)
-        _cut(run, parent, plan, out, progress)
+        space = dataclasses.replace(space, scores=values, poolable=record.poolable, scores_key=record.key)
+        tokens = prepare.Tokens(run, parent, progress)
+        text = None
+        if cut.compensation != "none" or allocator.curves:
+            text = refine.text_for(
+                *(tokens, parent, on.text),
+                samples=cut.compensation_samples,
+                length=refine.WINDOW,
+                seed=on.seed,
+            )
+        if allocator.curves:
+            assert text is not None
+            space = refine.with_curves(
+                *(run, parent, space, text),
+                compensated=cut.compensation == "ridge",
+                measures=allocator.measures,
+                progress=progress,
+            )
+        plan = planner.plan_ratio(space, cut.allocator, cut.ratio, widths=widths)
+        if cut.steps > 1 and plan.kept:
+            plan = _in_steps(run, parent, space, plan, metric, options, on, cut, tokens, text, progress)
+        plan = refine.compensated_plan(plan, cut.compensation, text.key if text else "")
+        source = refine.source_of(run, parent, plan, text, progress)
+        _cut(run, parent, plan, out, progress, source)
         return plan, parent.graph, record
+
+
+def _in_steps(
+    run: rundir.RunDir,
+    parent: Parent,
+    space: PlanSpace,
+    plan: PrunePlan,
+    metric: Metric,
+    options: dict[str, str],
+    on: Calibration,
+    cut: Cut,
+    tokens: prepare.Tokens,
+    text: refine.Text | None,
+    progress: Progress,
+) -> PrunePlan:
+    """The same widths as `plan`, reached in equal steps; what stays is decided by the last scores."""
+    last = {a.name: len(plan.kept.get(a.name, range(a.n_units))) for a in space.graph.axes}
+    between = [
+        {a.name: a.n_units - (a.n_units - last[a.name]) * step // cut.steps for a in space.graph.axes}
+        for step in range(1, cut.steps + 1)
+    ]
+    windows = np.zeros((0, 0), dtype=np.int32)
+    if metric.needs(options):
+        _, windows = tokens.get(on.text, n_samples=on.n_samples, n_tokens=on.n_tokens, seed=on.seed)
+    kept = refine.in_steps(
+        *(run, parent, space, between, metric, options, windows),
+        text if cut.compensation == "ridge" else None,
+        seed=on.seed,
+        progress=progress,
+    )
+    made = planner.make_plan(space, cut.allocator, cut.ratio, last, kept=kept)
+    return dataclasses.replace(made, steps=cut.steps, binding=plan.binding)
 
 
 def _widths_in_order(
@@ -253,14 +329,26 @@ def prune_to_plan(
     with scratch(out) as run:
         parent = open_parent(model, run)
         plan = light.load_plan(plan_file, parent.graph)
+        if plan.compensation != "none":
+            progress.say(f"the plan's {plan.compensation} compensation needs calibration text: only cut here")
+            dims = graphs.prune_dims(parent.graph, plan.kept)
+            plan = dataclasses.replace(plan, dims=dims, compensation="none")
         _cut(run, parent, plan, out, progress)
         return plan, parent.graph
 
 
-def _cut(run: rundir.RunDir, parent: Parent, plan: PrunePlan, out: Path, progress: Progress) -> None:
+def _cut(
+    run: rundir.RunDir,
+    parent: Parent,
+    plan: PrunePlan,
+    out: Path,
+    progress: Progress,
+    source: checkpoint.Source | None = None,
+) -> None:
+    """Save the pruned model with its plan beside it; `source` has its weights, else they are only cut."""
     made = run.path("artifacts/pruned")
     with progress.stage("cut"), rundir.friendly_disk_errors(out):
-        surgery.prune(parent.source, parent.graph, plan, made, extras=parent.folder)
+        surgery.prune(parent.source, parent.graph, plan, made, extras=parent.folder, pruned=source)
     _move(made, out)
 
 
@@ -284,7 +372,7 @@ def export(
     out: Path,
     *,
     format_name: str,
-    quantization: str,
+    quantization: str | None,
     imatrix_text: str | None,
     check: bool,
     seed: int,
@@ -293,19 +381,23 @@ def export(
 ) -> Exported:
     """Write a model as one file, read it back and, with `check`, compare its logits with torch's.
 
-    A quantized file is made from an F16 one that had to agree with torch first. Raises StageError when
-    the file cannot be trusted; it is then not left behind.
+    Without `quantization`: Q4_0 for GGUF, int4 for ONNX. A quantized file is made from an F16 one that had to
+    agree with torch first. Raises StageError when the file cannot be trusted; it is then not left behind.
     """
     exporter = registry.load("exporters", format_name, "EXPORTER")
-    check_quantization(quantization)
     out = out.absolute()
+    if format_name == "onnx":
+        return _export_onnx(model, out, quantization or "int4", imatrix_text, check, seed, threads, progress)
+    quantization = quantization or "Q4_0"
+    check_quantization(quantization)
     _check_out_file(out, exporter.suffix)
     threads = threads or local.available_threads()
     with scratch(out) as run:
         parent = open_parent(model, run)
         imatrix = None
         if imatrix_text is not None and quantization not in FLOATS:
-            imatrix = _imatrix(parent, imatrix_text, seed, progress)
+            stats = _imatrix_stats(parent, imatrix_text, seed, progress)
+            imatrix = gguf.imatrix_names(parent.family, parent.graph.dims, stats)
         job = _Export(run=run, parent=parent, exporter=exporter, threads=threads, progress=progress)
         if check:
             job.make_reference(seed)
@@ -335,6 +427,49 @@ def export(
     return result
 
 
+def _export_onnx(
+    model: str | None,
+    out: Path,
+    quantization: str,
+    imatrix_text: str | None,
+    check: bool,
+    seed: int,
+    threads: int | None,
+    progress: Progress,
+) -> Exported:
+    # the libraries of this format are optional
+    from edgeprune.exporters import onnx
+    from edgeprune.pipeline import onnx_export
+
+    onnx.check_quantization(quantization)
+    onnx_export.check_out(out)
+    with scratch(out) as run:
+        parent = open_parent(model, run)
+        imatrix = None
+        if imatrix_text is not None and quantization == "int4":
+            stats = _imatrix_stats(parent, imatrix_text, seed, progress)
+            imatrix = onnx.imatrix_names(parent.family, parent.graph.dims, stats)
+        made = onnx_export.export(
+            run,
+            parent,
+            quantization=quantization,
+            imatrix=imatrix,
+            check=check,
+            seed=seed,
+            threads=threads or local.available_threads(),
+            progress=progress,
+        )
+        _move(made.path, out)
+    return Exported(
+        quantization=quantization,
+        predicted_bytes=made.predicted_bytes,
+        bytes=made.bytes,
+        sha256=made.sha256,
+        imatrix=imatrix is not None,
+        verified=made.verified,
+    )
+
+
 def _check_out_file(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
         raise ConfigError(f"--out '{out.name}' must end in {suffix}")
@@ -346,8 +481,8 @@ def _check_out_file(out: Path, suffix: str) -> None:
                 raise ConfigError(f"--out {out} exists and is not a GGUF file", "name another file")
 
 
-def _imatrix(parent: Parent, text: str, seed: int, progress: Progress) -> dict[str, np.ndarray]:
-    """Mean squared inputs on up to 32 windows of the text, as the quantizer names them."""
+def _imatrix_stats(parent: Parent, text: str, seed: int, progress: Progress) -> dict[str, np.ndarray]:
+    """Mean squared inputs on up to 32 windows of the text, by layer."""
     ids = tokenizer.encode(parent.folder, data.read_text(text))
     length = min(IMATRIX_TOKENS, parent.graph.dims.max_context)
     windows = data.windows(
@@ -361,8 +496,7 @@ def _imatrix(parent: Parent, text: str, seed: int, progress: Progress) -> dict[s
     stats = calibration.collect(
         parent.source, parent.graph, windows, calibration.IMATRIX_NEEDS, progress=progress
     )
-    cut = calibration.imatrix(stats, parent.graph, {})
-    return gguf.imatrix_names(parent.family, parent.graph.dims, cut)
+    return calibration.imatrix(stats, parent.graph, {})
 
 
 @dataclass(slots=True, kw_only=True)
