@@ -1,4 +1,4 @@
-"""`edgeprune export`: a model folder as one file for a runtime, checked against torch."""
+"""`edgeprune export`: a model folder in a runtime's form, checked against torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from edgeprune.cli._output import echo_pairs
 @click.command()
 @model_argument
 @click.option(
-    "--format", "format_name", metavar="NAME", default="gguf", show_default=True, help="Form of the file."
+    "--format", "format_name", metavar="NAME", default="gguf", show_default=True, help="gguf or onnx."
 )
-@click.option("--quantization", metavar="TYPE", default="Q4_0", show_default=True, help="GGUF type.")
+@click.option(
+    "--quantization",
+    metavar="TYPE",
+    help="A GGUF type, or int4, int8, fp16 or fp32 for ONNX. Default: Q4_0, for ONNX int4.",
+)
 @click.option(
     "--imatrix-calibration",
     metavar="FILE|DATASET",
@@ -28,11 +32,13 @@ from edgeprune.cli._output import echo_pairs
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to quantize and verify with."
 )
-@out_option("FILE.gguf", "Where the file goes; a GGUF file there is replaced.")
+@out_option(
+    "FILE.gguf|FOLDER", "Where it goes: a .gguf file or an ONNX folder; an older one there is replaced."
+)
 def command(
     model: str | None,
     format_name: str,
-    quantization: str,
+    quantization: str | None,
     imatrix_calibration: str | None,
     no_verify: bool,
     seed: int,
@@ -41,9 +47,13 @@ def command(
 ) -> None:
     """Export MODEL, pruned or not, and compare its logits with torch's on 256 tokens.
 
+    An ONNX folder is read by onnxruntime-genai, optimum and transformers.js; it has widths of its own in
+    every layer, and 64 tokens decoded with the cache are checked too.
+
     \b
-    Example:
+    Examples:
       edgeprune export pruned --format gguf --quantization Q4_0 --out pruned.gguf
+      edgeprune export pruned --format onnx --quantization int4 --out pruned-onnx
     """
     # help must not load torch
     from edgeprune.cli._progress import open_progress
