@@ -1,4 +1,4 @@
-"""`edgeprune bench`: speed and peak memory of one exported file on this machine."""
+"""`edgeprune bench`: speed and peak memory of one export on this machine."""
 
 from __future__ import annotations
 
@@ -49,12 +49,15 @@ def command(
     memory: bool,
     form: str,
 ) -> None:
-    """Time prefill and decode of a GGUF FILE apart. JSON has the fields of llama-bench.
+    """Time prefill and decode of FILE apart: a GGUF file, or an ONNX folder. JSON has llama-bench's fields.
+
+    An ONNX folder runs in onnxruntime-genai; --kv-type and --mmap are decided by the folder.
 
     \b
     Examples:
       edgeprune bench model.gguf
       edgeprune bench model.gguf --threads 4 --memory --format json
+      edgeprune bench pruned-onnx --memory
     """
     # help must not load numpy
     from edgeprune import bench
@@ -95,7 +98,7 @@ def command(
         ("machine", rows[0]["cpu_info"]),
         (
             "flags",
-            f"context {timed.flags.context_tokens}, ubatch {ubatch}, KV {kv_type}, "
+            f"context {timed.flags.context_tokens}, ubatch {ubatch}, KV {timed.flags.kv_type}, "
             f"{'mmap' if mmap else 'no mmap'}",
         ),
         ("load", f"{timed.load_ns / 1e6:.0f} ms"),

@@ -438,6 +438,12 @@ def files(folder: Path) -> Iterator[Path]:
     return iter(sorted(p for p in folder.rglob("*") if p.is_file()))
 
 
+def sha256_folder(folder: Path) -> str:
+    """One digest over the names and contents of all files."""
+    lines = [f"{rundir.sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files(folder)]
+    return rundir.sha256_bytes("".join(lines).encode())
+
+
 def find_model(folder: Path) -> Path:
     """The model file of an artifact folder. Raises ConfigError with one clear line."""
     if not folder.is_dir():

@@ -397,9 +397,10 @@ def bench_file(
     mmap: bool,
     with_memory: bool,
 ) -> tuple[BenchResult, MemoryResult | None]:
-    """Time one GGUF file on this machine and, if asked, measure its peak memory with a full context.
+    """Time a GGUF file or an ONNX folder here and, if asked, measure its peak memory with a full context.
 
-    Raises ConfigError for bad figures or a damaged file, StageError when llama.cpp fails.
+    An ONNX folder runs in onnxruntime-genai; the type of its cache is decided by the file. Raises ConfigError
+    for bad figures or a damaged file, StageError when the runtime fails.
     """
     context = context_tokens or max(n_prompt + n_gen, 32)
     problems = []
@@ -411,10 +412,14 @@ def bench_file(
         problems.append(f"unknown KV cache type '{kv_type}'{guess}; known: {known}")
     if problems:
         raise ConfigError(problems)
-    if not path.is_file():
-        raise ConfigError(f"file {path} does not exist", "give a GGUF file, such as one of edgeprune export")
-    read_header(path)
-    sha256 = rundir.sha256_file(path)
+    runtime = "llama-cpp"
+    if path.is_dir():
+        runtime, kv_type, sha256 = _open_onnx(path)
+    elif path.is_file():
+        read_header(path)
+        sha256 = rundir.sha256_file(path)
+    else:
+        raise ConfigError(f"file {path} does not exist", "give a file or folder made by edgeprune export")
     flags = LaunchFlags(context_tokens=context, ubatch=ubatch, kv_type=kv_type, mmap=mmap)
     protocol = BenchProtocol(prompt_tokens=n_prompt, new_tokens=n_gen, repeats=repeats)
     device = local.environment().cpu
@@ -425,6 +430,7 @@ def bench_file(
         protocol=protocol,
         threads=threads,
         device_name=device,
+        runtime=runtime,
         key=make_key("bench_result", sha256, flags, protocol, threads),
     )
     memory = None
@@ -435,9 +441,20 @@ def bench_file(
             flags=flags,
             device_name=device,
             threads=timed.n_threads,
+            runtime=runtime,
             key=make_key("memory_result", sha256, flags),
         )
     return timed, memory
+
+
+def _open_onnx(folder: Path) -> tuple[str, str, str]:
+    """(runtime, type of the cache, digest) of an ONNX folder. Raises ConfigError when it is damaged."""
+    # an optional format; GGUF needs none of this
+    from edgeprune.exporters import onnx
+    from edgeprune.runtimes import onnx_genai
+
+    kv_type = onnx_genai.kv_type(folder)
+    return onnx_genai.RUNTIME.name, kv_type, onnx.sha256_folder(folder)
 
 
 # ---------------------------------------------------------------- finished runs

@@ -48,12 +48,6 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out {out} exists and is not an ONNX export", "name a new folder, or delete it")
 
 
-def sha256_folder(folder: Path) -> str:
-    """One digest over the names and contents of all files."""
-    lines = [f"{rundir.sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in exporter.files(folder)]
-    return rundir.sha256_bytes("".join(lines).encode())
-
-
 def export(
     run: rundir.RunDir,
     parent: Parent,
@@ -86,7 +80,7 @@ def export(
         path=path,
         predicted_bytes=job.cost().file_bytes(parent.graph.dims, quantization),
         bytes=n_bytes,
-        sha256=sha256_folder(path),
+        sha256=exporter.sha256_folder(path),
         verified=compared,
     )
 

@@ -11,6 +11,7 @@ from edgeprune.runtimes.base import Runtime
 bench = partial(jobs.bench, "genai")
 memory = partial(jobs.memory, "genai")
 greedy = partial(jobs.greedy, "genai")
+kv_type = jobs.kv_type
 
 RUNTIME = Runtime(
     name="onnx-genai",
