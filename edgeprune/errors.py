@@ -58,3 +58,11 @@ class StageError(EdgepruneError):
     """An exporter, runtime or device failed; the message carries its last words."""
 
     exit_code = 6
+
+
+class DeviceError(StageError):
+    """A device could not be reached or could not measure; `kind` is the reason in one word."""
+
+    def __init__(self, kind: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.kind = kind

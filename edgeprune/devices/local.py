@@ -15,7 +15,8 @@ from typing import Any
 
 from edgeprune.config.targets import with_calibration, with_detected
 from edgeprune.costs.speed import CONSTANTS
-from edgeprune.devices.base import Device
+from edgeprune.devices.base import Device, Transport
+from edgeprune.errors import ConfigError
 from edgeprune.records import DeviceTarget, Environment
 
 # a copy reads and writes every byte; published boards decode at about this share of their peak too
@@ -298,6 +299,17 @@ def _sysctl(name: str) -> str | None:
     return done.stdout.strip() or None
 
 
+def transport(address: str, *, config: Path | None = None) -> Transport:
+    """A shell on this machine, so that the agent can be used here as it is elsewhere."""
+    if address not in ("local", "local://"):
+        raise ConfigError(f"'{address}' is not a device address", "write --device local")
+
+    def explain(code: int, words: str) -> tuple[str, str, str | None]:
+        return "remote", words or f"the command ended with {code}", None
+
+    return Transport(address="local", argv=lambda line: ["/bin/sh", "-c", line], explain=explain)
+
+
 DEVICE = Device(
     name="local",
     summary="the machine this program runs on",
@@ -305,4 +317,5 @@ DEVICE = Device(
     detect=detect,
     environment=environment,
     available_threads=available_threads,
+    transport=transport,
 )
