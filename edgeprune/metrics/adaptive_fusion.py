@@ -4,9 +4,11 @@ From the paper: coarse-grained and fine-grained estimates of each substructure a
 attention. The formulas below are implemented from a reconstructed specification; the paper's may differ
 in detail.
 
-For unit i with M coupled matrices: coarse C_i[a] = |sum G W| over the unit's slice of matrix a, fine
-F_i[a] = sum |G W|, each divided by its mean over the layer's units. Query Q = (C+F)/2, keys [C; F], values
-[sum C; sum F], alpha = softmax([C; F] Q / (tau sqrt(M))), I = alpha . values: always between the two.
+For unit i with M coupled matrices, over its slice of matrix a: 'fisher' (default) coarse
+C_i[a] = mean_n (sum g_n W)^2 and fine F_i[a] = sum mean_n (g_n W)^2; 'signed' C_i[a] = |sum G W| and
+F_i[a] = sum |G W| with the mean gradient G, in whose sums samples of opposite sign cancel. C and F are each
+divided by their mean, over the model by default or over the layer per matrix. Query Q = (C+F)/2, keys [C; F],
+values [sum C; sum F], alpha = softmax([C; F] Q / (tau sqrt(M))), I = alpha . values: between the two.
 """
 
 from __future__ import annotations
@@ -33,45 +35,61 @@ _TINY = 1e-30
 
 
 def needs(options: Mapping[str, str]) -> frozenset[Need]:
-    wanted = {
-        "coarse": {Need.SAMPLE_VECTOR},
-        "fine": {Need.MEAN_ELEMENT_ABS},
-        "learned": {Need.SAMPLE_VECTOR, Need.MEAN_ELEMENT_ABS, Need.MASK_TRIALS, Need.MASK_LOSS},
-    }
-    return frozenset(wanted.get(options["fusion"], {Need.SAMPLE_VECTOR, Need.MEAN_ELEMENT_ABS}))
+    fine_need = Need.ELEMENT_SECOND if options["terms"] == "fisher" else Need.MEAN_ELEMENT_ABS
+    wanted = {"coarse": {Need.SAMPLE_VECTOR}, "fine": {fine_need}}.get(
+        options["fusion"], {Need.SAMPLE_VECTOR, fine_need}
+    )
+    if options["fusion"] == "learned":
+        wanted |= {Need.MASK_TRIALS, Need.MASK_LOSS}
+    return frozenset(wanted)
 
 
-def _per_mean(values: Array) -> Array:
-    """Divide each row [M, n_units] by its mean."""
-    scaled: Array = values / np.maximum(values.mean(axis=1, keepdims=True), _TINY)
-    return scaled
+def raw_coarse(view: LayerView, unit: str, roles: tuple[str, ...], terms: str) -> Array:
+    """[M, n_units] of the unit's whole slice of each matrix."""
+    rows = []
+    for role in roles:
+        v = fold(view, unit, view.role_stat(Need.SAMPLE_VECTOR, role))  # [N, n_units]
+        rows.append(np.square(v).mean(axis=0) if terms == "fisher" else np.abs(v.mean(axis=0)))
+    return np.stack(rows)
 
 
-def coarse(view: LayerView, unit: str, roles: tuple[str, ...], normalise: bool) -> Array:
-    """[M, n_units] |sum G W| over the unit's slice of each matrix."""
-    rows = [
-        np.abs(fold(view, unit, view.role_stat(Need.SAMPLE_VECTOR, role).mean(axis=0, dtype=np.float64)))
-        for role in roles
-    ]
-    stacked: Array = np.stack(rows)
-    return _per_mean(stacked) if normalise else stacked
+def raw_fine(view: LayerView, unit: str, roles: tuple[str, ...], terms: str) -> Array:
+    """[M, n_units] of the single weights of the unit's slice of each matrix."""
+    need = Need.ELEMENT_SECOND if terms == "fisher" else Need.MEAN_ELEMENT_ABS
+    return np.stack([fold(view, unit, view.role_stat(need, role)) for role in roles])
 
 
-def fine(view: LayerView, unit: str, roles: tuple[str, ...], normalise: bool) -> Array:
-    """[M, n_units] sum |G W| over the unit's slice of each matrix."""
-    stacked: Array = np.stack([fold(view, unit, view.role_stat(Need.MEAN_ELEMENT_ABS, r)) for r in roles])
-    return _per_mean(stacked) if normalise else stacked
+def scaled(view: LayerView, unit: str, options: Mapping[str, str], which: str) -> Array:
+    """C or F, [M, n_units], divided by its mean. `which`: 'coarse' or 'fine'."""
+    raw = raw_coarse if which == "coarse" else raw_fine
+    terms = options["terms"]
+
+    def rows(at: LayerView, kind: str) -> Array:
+        return raw(at, kind, vector_roles(at, kind) if which == "coarse" else ROLES[kind], terms)
+
+    values = rows(view, unit)
+    if options["normalise"] == "no":
+        return values
+    if options["normalise"] == "layer":
+        by_matrix: Array = values / np.maximum(values.mean(axis=1, keepdims=True), _TINY)
+        return by_matrix
+
+    def of_model() -> float:
+        views = [view.at(layer) for layer in range(len(view.dims.layers))]
+        found = np.concatenate([rows(at, kind).ravel() for at in views for kind in present_units(at)])
+        return max(float(found.mean()), _TINY)
+
+    # one number for all layers, matrices and kinds of unit keeps them comparable
+    everywhere: Array = values / view.shared(f"adaptive-fusion {terms} {which}", of_model)
+    return everywhere
 
 
 def estimates(view: LayerView, unit: str, options: Mapping[str, str]) -> tuple[Array, Array]:
     """C and F, each [M, n_units]. Where q and k are normalised their fine score stands in for the coarse."""
-    normalise = options["normalise"] == "yes"
-    roles, signed = ROLES[unit], vector_roles(view, unit)
-    fines = fine(view, unit, roles, normalise)
-    if signed == roles:
-        return coarse(view, unit, roles, normalise), fines
+    fines = scaled(view, unit, options, "fine")
     coarses = fines.copy()
-    coarses[[roles.index(role) for role in signed]] = coarse(view, unit, signed, normalise)
+    rows = [ROLES[unit].index(role) for role in vector_roles(view, unit)]
+    coarses[rows] = scaled(view, unit, options, "coarse")
     return coarses, fines
 
 
@@ -128,15 +146,12 @@ def learned_weights(view: LayerView, options: Mapping[str, str]) -> dict[str, fl
 
 
 def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> Array:
-    fusion, normalise = options["fusion"], options["normalise"] == "yes"
+    fusion = options["fusion"]
     if n_units(view, unit) == 0:
         return np.zeros(0)
-    if fusion == "coarse":
-        only: Array = coarse(view, unit, vector_roles(view, unit), normalise).sum(axis=0)
+    if fusion in ("coarse", "fine"):
+        only: Array = scaled(view, unit, options, fusion).sum(axis=0)
         return only
-    if fusion == "fine":
-        total: Array = fine(view, unit, ROLES[unit], normalise).sum(axis=0)
-        return total
     coarses, fines = estimates(view, unit, options)
     if fusion == "half":
         return blend(coarses, fines, 0.5)
@@ -153,7 +168,7 @@ METRIC = Metric(
     needs=needs,
     score=score,
     # dividing by the layer's mean takes the layer's scale away
-    poolable=lambda options: options["normalise"] == "no",
+    poolable=lambda options: options["normalise"] != "layer",
     options={
         "fusion": Option(
             default="attention",
@@ -169,10 +184,17 @@ METRIC = Metric(
             origin="reconstructed",
         ),
         "normalise": Option(
-            default="yes",
-            choices=("yes", "no"),
-            help="yes: each matrix's scores are divided by their mean over the layer; no: as they are, "
-            "comparable between layers, but the fine score always wins",
+            default="model",
+            choices=("model", "layer", "no"),
+            help="model: coarse and fine scores are each divided by their mean over the model, comparable "
+            "between layers; layer: each matrix's by their mean over the layer; no: as they are, where the "
+            "larger kind always wins",
+            origin="reconstructed",
+        ),
+        "terms": Option(
+            default="fisher",
+            choices=("fisher", "signed"),
+            help="fisher: squares averaged over samples; signed: the size of the mean over samples",
             origin="reconstructed",
         ),
     },

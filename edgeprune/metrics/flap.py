@@ -1,7 +1,8 @@
 """FLAP: fluctuation of the input times squared weights, standardised per layer (arXiv:2312.11983).
 
-Column j of o_proj or down_proj: Var_t(x_j) * sum_i W_ij^2. Attention scores are squared and averaged over
-a group. Standardised scores form one list over all layers; `compensation` replaces what is lost on average.
+Column j of o_proj or down_proj: Var_t(x_j) * sum_i W_ij^2. Attention scores are squared, standardised column
+by column and then averaged over a group, so groups stay near zero where single channels do not. Standardised
+scores form one list over all layers; `compensation` replaces what is lost on average.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from edgeprune.metrics.base import Array, LayerView, Metric, Need, Option, fold,
 
 
 def standardise(values: Array) -> Array:
-    """Zero mean and unit variance over the units of one axis; all zero where they are equal."""
+    """Zero mean and unit variance over the columns of one layer; all zero where they are equal."""
     spread = float(values.std())
     if spread <= 1e-12 * float(np.abs(values).max(initial=0.0)):
         return np.zeros_like(values)
@@ -27,11 +28,11 @@ def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> 
     squares = np.square(view.weight(role)).sum(axis=0, dtype=np.float64)  # [columns]
     values: Array = view.stat(need).astype(np.float64) * squares
     if unit == "kv":
-        values = fold(view, unit, np.square(values)) / group_columns(view)
-    if options["scale"] == "raw":
-        return values
-    # the paper sorts standardised scores and lets cost decide only how far down the list to go
-    return standardise(values) * unit_params(view, unit)
+        values = np.square(values)
+    if options["scale"] == "standardised":
+        # the paper sorts standardised scores and lets cost decide only how far down the list to go
+        values = standardise(values) * unit_params(view, unit)
+    return fold(view, unit, values) / group_columns(view) if unit == "kv" else values
 
 
 METRIC = Metric(

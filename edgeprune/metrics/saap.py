@@ -5,13 +5,15 @@ From descriptions of it: two Taylor scores, a Gaussian likelihood with learned s
 I = Iv/(2 s1^2) + Ie/(2 s2^2) + log s1 s2, a fluctuation indicator and an adaptive stability indicator.
 The formulas below are implemented from a reconstructed specification; the paper's may differ in detail.
 
-Per channel c of each coupled matrix, with v_nc = sum_k g_nk W_k of sample n:
-Iv = |mean_n v - 1/2 mean_n v^2|,  Ie = sum_k |mean_n(g W) - 1/2 mean_n (g W)^2|;
-a unit's value is the sum over its matrices and channels. Sigma minimises
-sum_m 1/2 exp(-eta_m) mean_i I_m,i + 1/2 eta_m over eta = log sigma^2, so sigma_m^2 = mean_i I_m,i.
-A sample's loss is the sum of its token losses: with their mean, T times smaller, both second-order terms
-would vanish beside the first. The term log s1 s2 is the same for all units of a scope and is left out: a
-negative constant would turn the product with the stability indicator around.
+With v_n = sum_k g_nk W_k over a unit's slice of one matrix, of sample n, each summed over the matrices:
+'fisher' (default): Iv = mean_n v^2,  Ie = sum_k mean_n (g W)^2, the second-order term alone, as a trained
+model's mean gradient says little; 'signed': per channel Iv = |mean_n v - 1/2 mean_n v^2| and
+Ie = sum_k |mean_n(g W) - 1/2 mean_n (g W)^2|, where terms and samples of opposite sign cancel.
+Sigma minimises sum_m 1/2 exp(-eta_m) mean_i I_m,i + 1/2 eta_m over eta = log sigma^2, so
+sigma_m^2 = mean_i I_m,i; over the whole model by default, so that layers stay comparable.
+In 'signed' a sample's loss is the sum of its token losses: with their mean ('signed-mean'), T times smaller,
+both second-order terms would vanish beside the first. The term log s1 s2 is the same for all units of a
+scope and is left out: a negative constant would turn the product with the stability indicator around.
 """
 
 from __future__ import annotations
@@ -40,19 +42,34 @@ _EPSILON = 1e-12  # of fused scores, which are of order one
 
 def needs(options: Mapping[str, str]) -> frozenset[Need]:
     wanted = {Need.SAMPLE_VECTOR}
-    wanted |= {Need.ELEMENT_MIX_SUM, Need.N_TARGETS} if options["loss"] == "sum" else {Need.ELEMENT_MIX}
+    if options["terms"] == "fisher":
+        wanted.add(Need.ELEMENT_SECOND)
+    else:
+        wanted |= (
+            {Need.ELEMENT_MIX_SUM, Need.N_TARGETS} if options["terms"] == "signed" else {Need.ELEMENT_MIX}
+        )
     if options["sigma"] == "residual" or options["stability"] in ("asi", "literal"):
         wanted.add(Need.SAMPLE_ELEMENT_ABS)
     return frozenset(wanted)
 
 
-def parts(view: LayerView, unit: str, loss: str) -> tuple[Array, Array]:
-    """Iv and Ie of every unit, each [n_units], for the 'sum' or 'mean' of a sample's token losses."""
-    # the sum's gradient is T times the mean's; both scores are left divided by T
-    factor = float(view.stat(Need.N_TARGETS)[0]) if loss == "sum" else 1.0
-    need = Need.ELEMENT_MIX_SUM if loss == "sum" else Need.ELEMENT_MIX
+def parts(view: LayerView, unit: str, options: Mapping[str, str]) -> tuple[Array, Array]:
+    """Iv and Ie of every unit, each [n_units]."""
     vector, element = np.zeros(n_units(view, unit)), np.zeros(n_units(view, unit))
-    for role in vector_roles(view, unit):
+    signed = vector_roles(view, unit)
+    if options["terms"] == "fisher":
+        for role in signed:
+            v = fold(view, unit, view.role_stat(Need.SAMPLE_VECTOR, role))  # [N, n_units]
+            vector += np.square(v).mean(axis=0)
+        vector *= len(ROLES[unit]) / len(signed)  # matrices left out must not make a unit look smaller
+        for role in ROLES[unit]:
+            element += fold(view, unit, view.role_stat(Need.ELEMENT_SECOND, role))
+        return vector, element
+    # the sum's gradient is T times the mean's; both scores are left divided by T
+    whole = options["terms"] == "signed"
+    factor = float(view.stat(Need.N_TARGETS)[0]) if whole else 1.0
+    need = Need.ELEMENT_MIX_SUM if whole else Need.ELEMENT_MIX
+    for role in signed:
         v = view.role_stat(Need.SAMPLE_VECTOR, role).astype(np.float64)  # [N, channels]
         vector += fold(view, unit, np.abs(v.mean(axis=0) - 0.5 * factor * np.square(v).mean(axis=0)))
     for role in ROLES[unit]:
@@ -76,8 +93,10 @@ def sigma_squares(view: LayerView, unit: str, options: Mapping[str, str]) -> tup
     def per_unit(at: LayerView, kind: str) -> tuple[Array, Array]:
         if options["sigma"] == "residual":
             vector, element = sample_parts(at, kind)
+            if options["terms"] == "fisher":
+                vector, element = np.square(vector), np.square(element)
             return vector.var(axis=0), element.var(axis=0)
-        return parts(at, kind, options["loss"])
+        return parts(at, kind, options)
 
     if options["scope"] == "layer":
         first, second = per_unit(view, unit)
@@ -96,7 +115,7 @@ def sigma_squares(view: LayerView, unit: str, options: Mapping[str, str]) -> tup
             max(float(np.concatenate(seconds).mean()), _TINY),
         )
 
-    return view.shared(f"saap {options['sigma']}", of_model)
+    return view.shared(f"saap {options['terms']} {options['sigma']}", of_model)
 
 
 def fuse(vector: Array, element: Array, squares: tuple[float, float], how: str) -> Array:
@@ -106,15 +125,18 @@ def fuse(vector: Array, element: Array, squares: tuple[float, float], how: str) 
     return fused
 
 
-def fluctuation(samples: Array) -> Array:
-    """F = std_n / mean_n of per-sample scores [N, n_units]."""
+def fluctuation(vector: Array, element: Array) -> Array:
+    """F = std_n / mean_n of per-sample scores [N, n_units], each kind first divided by its mean."""
+    samples = vector / max(float(vector.mean()), _TINY) + element / max(float(element.mean()), _TINY)
     unsteady: Array = samples.std(axis=0) / (samples.mean(axis=0) + _EPSILON)
     return unsteady
 
 
 def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> Array:
+    if n_units(view, unit) == 0:
+        return np.zeros(0)
     squares = sigma_squares(view, unit, options)
-    fused = fuse(*parts(view, unit, options["loss"]), squares, options["sigma"])
+    fused = fuse(*parts(view, unit, options), squares, options["sigma"])
     stability = options["stability"]
     if stability == "none":
         return fused
@@ -125,7 +147,7 @@ def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> 
         # one threshold for all layers; cost decides only how far down the list to go
         standard: Array = (fused - fused.mean()) / spread * unit_params(view, unit)
         return standard
-    unsteady = fluctuation(fuse(*sample_parts(view, unit), squares, options["sigma"]))
+    unsteady = fluctuation(*sample_parts(view, unit))
     ranked: Array = -unsteady if stability == "literal" else fused / (1 + unsteady)
     return ranked
 
@@ -152,17 +174,19 @@ METRIC = Metric(
             "first; standardised: (I - mean)/std per layer, one threshold for all; none: the fused score",
             origin="told",
         ),
-        "loss": Option(
-            default="sum",
-            choices=("sum", "mean"),
-            help="a sample's loss: sum of its token losses, its log-likelihood, whose squared gradient "
-            "estimates curvature; mean: of them, which makes the second-order terms vanish",
+        "terms": Option(
+            default="fisher",
+            choices=("fisher", "signed", "signed-mean"),
+            help="fisher: the second-order term alone, squares averaged over samples; signed: first order "
+            "less half of the second, averaged before the size is taken, a sample's loss the sum of its "
+            "token losses; signed-mean: the same with their mean, which makes the second order vanish",
             origin="reconstructed",
         ),
         "scope": Option(
-            default="layer",
-            choices=("layer", "model"),
-            help="where sigma is taken: each layer and kind of unit, or the whole model",
+            default="model",
+            choices=("model", "layer"),
+            help="where sigma is taken: the whole model, so that layers stay comparable, or each layer and "
+            "kind of unit",
             origin="reconstructed",
         ),
         "sigma": Option(
