@@ -13,7 +13,8 @@ from typing import Any
 
 from edgeprune.errors import MissingExtraError, UnsupportedModelError
 from edgeprune.exporters._onnx_blocks import BLOCK, n_blocks
-from edgeprune.families.base import Family
+from edgeprune.families import gemma3, smollm3
+from edgeprune.families.base import Family, config_int, text_config
 from edgeprune.records import ModelDims
 
 OPSET = 21
@@ -45,60 +46,36 @@ def library(name: str) -> ModuleType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTraits:
-    """What config.json says about one layer beyond its widths."""
+    """What config.json says about the attention of one layer beyond its widths."""
 
     rope: str | None = "full"  # which rotary table, or None for no rotation
-    window: int = -1  # sliding window of the attention, -1: everything
+    window: int = -1  # of sliding attention, -1: everything
     scale: float = 0.0  # of the attention scores, 0: one over the root of the head size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traits:
-    """What config.json says about a whole model, for the families that differ from Llama."""
-
-    layers: tuple[LayerTraits, ...]
-    activation: str = "silu"  # or gelu_tanh
-    norm_offset: float = 0.0  # added to every norm weight
-    embed_scale: float = 1.0
-
-
-def traits_of(config: Mapping[str, Any], dims: ModelDims) -> Traits:
-    """Read activation, windows, rotary tables and scales. Raises UnsupportedModelError."""
-    model = str(config.get("model_type"))
-    name = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
-    known = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if name not in known:
-        raise UnsupportedModelError(f"ONNX: activation '{name}' is not covered", f"known: {', '.join(known)}")
-    if config.get("final_logit_softcapping") or config.get("attn_logit_softcapping"):
-        raise UnsupportedModelError("ONNX: soft-capped logits are not covered")
-    gemma = model.startswith("gemma")
-    kinds = config.get("layer_types") or ()
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    no_rope = config.get("no_rope_layers") or ()
-    layers = []
-    for index in range(len(dims.layers)):
-        local = window is not None
-        if kinds:
-            local = local and kinds[index] == "sliding_attention"
-        rotated = not no_rope or bool(no_rope[index])
-        table = "local" if gemma and local else "full"
-        scalar = config.get("query_pre_attn_scalar") if gemma else None
-        layers.append(
-            LayerTraits(
-                rope=table if rotated else None,
-                window=int(window) if local and window is not None else -1,
-                scale=float(scalar) ** -0.5 if scalar else 0.0,
-            )
+def traits_of(config: Mapping[str, Any], dims: ModelDims) -> tuple[LayerTraits, ...]:
+    """Windows, rotary tables and score scales, layer by layer. Raises UnsupportedModelError."""
+    plain = text_config(dict(config))
+    scalar = plain.get("query_pre_attn_scalar")
+    scale = float(scalar) ** -0.5 if scalar else 0.0
+    layers = range(len(dims.layers))
+    if dims.family == "gemma3_text":
+        window = config_int(plain, "sliding_window", 4096)
+        local = [kind == "sliding_attention" for kind in gemma3.layer_types(plain)]
+        return tuple(
+            LayerTraits(rope="local" if local[i] else "full", window=window if local[i] else -1, scale=scale)
+            for i in layers
         )
-    return Traits(
-        layers=tuple(layers),
-        activation=known[name],
-        norm_offset=1.0 if gemma else 0.0,
-        embed_scale=float(dims.hidden) ** 0.5 if gemma else 1.0,
-    )
+    turns = smollm3.rotary(plain) if dims.family == "smollm3" else [True] * len(dims.layers)
+    # the other families' context ends where a window would begin to matter
+    return tuple(LayerTraits(rope="full" if turns[i] else None, scale=scale) for i in layers)
 
 
 # ---------------------------------------------------------------- weights
+
+
+# (HF tensor, first row, rows) of a matrix; a fused tensor holds several
+Source = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +84,12 @@ class Block:
 
     Attributes:
         kind: 'plain' (as stored), 'transposed', 'packed' or 'scales' of a quantized matrix, 'cos', 'sin'.
-        sources: HF tensor names, joined along their rows; for rotary tables the table's name.
+        sources: joined along their rows; for rotary tables the name is the table's.
         add: added to every value, for norms that store their weight less one.
     """
 
     kind: str
-    sources: tuple[str, ...]
+    sources: tuple[Source, ...]
     shape: tuple[int, ...]
     dtype: str
     offset: int
@@ -163,7 +140,7 @@ class Graph:
         return name
 
     def stored(
-        self, name: str, shape: tuple[int, ...], dtype: str, kind: str, sources: Sequence[str], **more: Any
+        self, name: str, shape: tuple[int, ...], dtype: str, kind: str, sources: Sequence[Source], **more: Any
     ) -> str:
         """An initializer in the data file; asked for twice, it is stored once."""
         if name in self.known:
@@ -202,7 +179,7 @@ class Graph:
         self.initializers.append(tensor)
         self.known.add(name)
 
-    def find(self, kind: str, sources: Sequence[str]) -> Block:
+    def find(self, kind: str, sources: Sequence[Source]) -> Block:
         return next(b for b in self.blocks if b.kind == kind and b.sources == tuple(sources))
 
 
@@ -242,32 +219,37 @@ class _Decoder:
     graph: Graph
     family: Family
     dims: ModelDims
-    traits: Traits
+    traits: tuple[LayerTraits, ...]
     bits: int
     context: int
     rotary: int  # elements of a head that are rotated
     stream: str = ""
     pending: str | None = None  # branch that is still to be added to the stream
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     # ------------------------------------------------ pieces
 
-    def linear(self, x: str, sources: Sequence[str], rows: int, columns: int, name: str) -> str:
-        """x [.., columns] times the transpose of the sources joined along their rows, and their biases."""
+    def linear(self, x: str, roles: Sequence[str], layer: int, name: str) -> str:
+        """x [.., columns] times the transpose of the roles' matrices joined along their rows, plus biases."""
         g = self.graph
+        sources = self.sources(roles, layer)
+        rows, columns = sum(s[2] for s in sources), self.family.columns(self.dims, roles[0], layer)
         if self.bits in (4, 8):
             out = self.matmul_bits(x, sources, rows, columns, name, self.bits)
         else:
             weight = g.stored(f"{name}.weight", (columns, rows), g.float_type, "transposed", sources)
             out = g.node("MatMul", (x, weight), f"{name}/MatMul")
-        biases = [s.removesuffix("weight") + "bias" for s in sources]
-        if biases[0] in self.shapes:
+        if self.family.has_bias(self.dims, roles[0]):
+            biases = self.sources(roles, layer, "bias")
             bias = g.stored(f"{name}.bias", (rows,), g.float_type, "plain", biases)
             out = g.node("Add", (out, bias), f"{name}/Add")
         return out
 
+    def sources(self, roles: Sequence[str], layer: int, suffix: str = "weight") -> list[Source]:
+        parts = [self.family.part(self.dims, role, layer, suffix) for role in roles]
+        return [(p.tensor, p.offset, p.block) for p in parts]
+
     def quantized(
-        self, sources: Sequence[str], rows: int, columns: int, name: str, bits: int
+        self, sources: Sequence[Source], rows: int, columns: int, name: str, bits: int
     ) -> tuple[str, str]:
         """Names of the packed values and the scales of a quantized matrix."""
         g, blocks = self.graph, n_blocks(columns)
@@ -277,7 +259,7 @@ class _Decoder:
         return packed, scales
 
     def matmul_bits(
-        self, x: str, sources: Sequence[str], rows: int, columns: int, name: str, bits: int
+        self, x: str, sources: Sequence[Source], rows: int, columns: int, name: str, bits: int
     ) -> str:
         packed, scales = self.quantized(sources, rows, columns, name, bits)
         return self.graph.node(
@@ -293,8 +275,9 @@ class _Decoder:
         )
 
     def norm_weight(self, tensor: str, size: int) -> str:
-        add = self.traits.norm_offset
-        return self.graph.stored(tensor, (size,), self.graph.float_type, "plain", (tensor,), add=add)
+        add = self.family.norm_offset
+        source = ((tensor, 0, size),)
+        return self.graph.stored(tensor, (size,), self.graph.float_type, "plain", source, add=add)
 
     def norm(self, x: str, tensor: str, size: int, name: str) -> str:
         """RMS norm over the last axis."""
@@ -336,17 +319,18 @@ class _Decoder:
     def embedding(self) -> None:
         g, dims = self.graph, self.dims
         tensor = self.family.tensor("embed")
+        source = ((tensor, 0, dims.vocab),)
         if self.embed_bits in (4, 8):
             # rows hold whole blocks, so the output layer's bytes can serve both
             bits, blocks = self.embed_bits, n_blocks(dims.hidden)
             rows = (dims.vocab, dims.hidden * bits // 8)
             if dims.tied:
-                packed, scales = self.quantized((tensor,), dims.vocab, dims.hidden, "lm_head", bits)
-                packed = g.alias(f"{packed}_rows", rows, g.find("packed", (tensor,)))
+                packed, scales = self.quantized(source, dims.vocab, dims.hidden, "lm_head", bits)
+                packed = g.alias(f"{packed}_rows", rows, g.find("packed", source))
             else:
-                packed = g.stored("embed.weight", rows, "uint8", "packed", (tensor,), bits=bits)
+                packed = g.stored("embed.weight", rows, "uint8", "packed", source, bits=bits)
                 scales = g.stored(
-                    "embed.scales", (dims.vocab, blocks), "float32", "scales", (tensor,), bits=bits
+                    "embed.scales", (dims.vocab, blocks), "float32", "scales", source, bits=bits
                 )
             out = g.node(
                 "GatherBlockQuantized",
@@ -359,10 +343,10 @@ class _Decoder:
                 quantize_axis=1,
             )
         else:
-            table = g.stored(tensor, (dims.vocab, dims.hidden), g.float_type, "plain", (tensor,))
+            table = g.stored(tensor, (dims.vocab, dims.hidden), g.float_type, "plain", source)
             out = g.node("Gather", (table, "input_ids"), "/embed/Gather", axis=0)
-        if self.traits.embed_scale != 1.0:
-            scale = g.constant("embed_scale", self.traits.embed_scale, g.float_type)
+        if self.family.scaled_embedding:
+            scale = g.constant("embed_scale", self.family.embed_scale(dims), g.float_type)
             out = g.node("Mul", (out, scale), "/embed/Mul")
         self.stream = out
 
@@ -388,11 +372,10 @@ class _Decoder:
     def attention(self, layer: int, cache: int) -> None:
         g, dims, family = self.graph, self.dims, self.family
         shape, dh, at = dims.layers[layer], dims.head_dim, f"/layers.{layer}/attn"
-        traits = self.traits.layers[layer]
+        traits = self.traits[layer]
         x = self.stream_norm(family.tensor("attn_norm", layer), f"/layers.{layer}/attn_norm")
         sizes = (shape.n_heads * dh, shape.n_kv_heads * dh, shape.n_kv_heads * dh)
-        sources = [family.tensor(role, layer) for role in ("q", "k", "v")]
-        q = self.linear(x, sources, sum(sizes), dims.hidden, f"{at}/qkv")
+        q = self.linear(x, ("q", "k", "v"), layer, f"{at}/qkv")
         k = v = ""
         if "q_norm" in family.roles:
             parts = [f"{at}/{role}" for role in ("q", "k", "v")]
@@ -405,7 +388,7 @@ class _Decoder:
         if traits.rope is not None:
             size = (self.context, self.rotary // 2)
             tables = tuple(
-                g.stored(f"{kind}_{traits.rope}", size, g.float_type, kind, (traits.rope,))
+                g.stored(f"{kind}_{traits.rope}", size, g.float_type, kind, ((traits.rope, 0, 0),))
                 for kind in ("cos", "sin")
             )
         past = [f"past_key_values.{cache}.{kind}" for kind in ("key", "value")]
@@ -428,8 +411,8 @@ class _Decoder:
             rotary_interleaved=0,
             **more,
         )
-        made = self.linear(out, [family.tensor("o", layer)], dims.hidden, sizes[0], f"{at}/o")
-        self.branch(made, layer, "post_attn_norm")
+        made = self.linear(out, ("o",), layer, f"{at}/o")
+        self.branch(made, layer, "attn_post_norm")
 
     def head_norm(self, x: str, tensor: str, size: int, name: str) -> str:
         """RMS norm over each head of x [batch, tokens, size]."""
@@ -439,29 +422,28 @@ class _Decoder:
         return g.node("Reshape", (normed, g.constant(f"flat_{size}", [0, 0, size])), f"{name}/Reshape_2")
 
     def feed_forward(self, layer: int) -> None:
-        g, dims, family, at = self.graph, self.dims, self.family, f"/layers.{layer}/ffn"
-        width = dims.layers[layer].n_ff
-        x = self.stream_norm(family.tensor("ffn_norm", layer), f"/layers.{layer}/ffn_norm")
-        gate = self.linear(x, [family.tensor("gate", layer)], width, dims.hidden, f"{at}/gate")
-        up = self.linear(x, [family.tensor("up", layer)], width, dims.hidden, f"{at}/up")
-        if self.traits.activation == "silu":
+        g, at = self.graph, f"/layers.{layer}/ffn"
+        x = self.stream_norm(self.family.tensor("ffn_norm", layer), f"/layers.{layer}/ffn_norm")
+        gate = self.linear(x, ("gate",), layer, f"{at}/gate")
+        up = self.linear(x, ("up",), layer, f"{at}/up")
+        if self.family.activation == "silu":
             sigmoid = g.node("Sigmoid", (gate,), f"{at}/Sigmoid")
             gate = g.node("Mul", (gate, sigmoid), f"{at}/Silu")
         else:
             gate = g.node("Gelu", (gate,), f"{at}/Gelu", approximate="tanh")
         both = g.node("Mul", (gate, up), f"{at}/Mul")
-        made = self.linear(both, [family.tensor("down", layer)], dims.hidden, width, f"{at}/down")
-        self.branch(made, layer, "post_ffn_norm")
+        made = self.linear(both, ("down",), layer, f"{at}/down")
+        self.branch(made, layer, "ffn_post_norm")
 
     def head(self) -> None:
         g, dims, family = self.graph, self.dims, self.family
         onnx = library("onnx")
         x = self.stream_norm(family.tensor("final_norm"), "/final_norm")
-        sources = (family.tensor("embed" if dims.tied else "head"),)
+        sources = ((family.tensor("embed" if dims.tied else "head"), 0, dims.vocab),)
         if self.embed_bits in (4, 8):
             out = self.matmul_bits(x, sources, dims.vocab, dims.hidden, "lm_head", self.embed_bits)
         elif dims.tied:
-            table = g.stored(sources[0], (dims.vocab, dims.hidden), g.float_type, "plain", sources)
+            table = g.stored(sources[0][0], (dims.vocab, dims.hidden), g.float_type, "plain", sources)
             out = g.node("FusedMatMul", (x, table), "/lm_head/MatMul", domain=CONTRIB, transB=1)
         else:
             weight = g.stored(
@@ -486,6 +468,11 @@ def _trim(names: Sequence[str]) -> list[str]:
     return out
 
 
+def check_family(family: Family) -> None:
+    if family.activation not in ("silu", "gelu_tanh"):
+        raise UnsupportedModelError(f"ONNX: activation '{family.activation}' is not covered")
+
+
 def build(
     family: Family,
     dims: ModelDims,
@@ -502,8 +489,8 @@ def build(
     onnx = library("onnx")
     bits, float_type, _ = QUANTIZATIONS[quantization]
     check(dims)
+    check_family(family)
     graph = Graph(data_name=f"{model_file(quantization)}_data", float_type=float_type)
-    shapes = {k: v for i in range(len(dims.layers)) for k, v in family.layer_shapes(dims, i).items()}
     decoder = _Decoder(
         graph=graph,
         family=family,
@@ -512,7 +499,6 @@ def build(
         bits=bits,
         context=context,
         rotary=rotary_size(config, dims),
-        shapes=shapes,
     )
     decoder.lengths()
     decoder.embedding()
@@ -563,6 +549,7 @@ def build(
 
 def rotary_size(config: Mapping[str, Any], dims: ModelDims) -> int:
     """Elements of each head that are rotated."""
+    config = text_config(dict(config))
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     partial = scaling.get("partial_rotary_factor") if isinstance(scaling, Mapping) else None
     partial = partial or config.get("partial_rotary_factor") or 1.0

@@ -24,6 +24,7 @@ from edgeprune.exporters._onnx_graph import (
     QUANTIZATIONS,
     Block,
     Graph,
+    Source,
     attention_layers,
     build,
     check,
@@ -32,7 +33,7 @@ from edgeprune.exporters._onnx_graph import (
     traits_of,
 )
 from edgeprune.exporters.base import Exporter
-from edgeprune.families.base import LAYER_LIST_KEY, Family, write_config
+from edgeprune.families.base import LAYER_LIST_KEY, Family, text_config, write_config
 from edgeprune.records import Constraints, ModelDims, UnitRule
 from edgeprune.registry import suggest
 from edgeprune.units import format_bytes
@@ -149,7 +150,7 @@ def client_config(dims: ModelDims, config: Mapping[str, Any], quantization: str)
     optimum takes hidden size over heads for the head size, so the head count is written that way and
     the true widths are listed per layer.
     """
-    made = write_config(dict(config), dims)
+    made = write_config(text_config(dict(config)), dims)
     if dims.hidden % dims.head_dim == 0:
         heads = dims.hidden // dims.head_dim
         if heads != made["num_attention_heads"]:
@@ -231,11 +232,11 @@ class FileCost:
 
     def read_bytes(self, dims: ModelDims, quantization: str) -> int:
         """Weight bytes read per decoded token: no rotary tables, no embedding that is not also the output."""
-        embed = (self.family.tensor("embed"),)
+        embed = self.family.tensor("embed")
         return sum(
             b.n_bytes
             for b in self.model(dims, quantization)[1].blocks
-            if b.kind not in ("cos", "sin") and (dims.tied or b.sources != embed)
+            if b.kind not in ("cos", "sin") and (dims.tied or b.sources[0][0] != embed)
         )
 
     def largest_tensor_bytes(self, dims: ModelDims, quantization: str) -> int:
@@ -266,8 +267,10 @@ def rotary_tables(dims: ModelDims, config: Mapping[str, Any], context: int) -> d
 
     Raises UnsupportedModelError for scaling that depends on the length of the text.
     """
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    tables = scaling.values() if all(isinstance(v, dict) for v in scaling.values()) else [scaling]
+    plain = text_config(dict(config))
+    scaling = plain.get("rope_parameters") or plain.get("rope_scaling") or {}
+    nested = bool(scaling) and all(isinstance(v, dict) for v in scaling.values())
+    tables = scaling.values() if nested else [scaling]
     for table in tables:
         kind = table.get("rope_type", table.get("type")) or "default"
         if kind not in ("default", "linear", "llama3", "yarn"):
@@ -279,15 +282,15 @@ def rotary_tables(dims: ModelDims, config: Mapping[str, Any], context: int) -> d
 
     from edgeprune import checkpoint
 
-    rotary = checkpoint.skeleton(dict(config), dims).get_decoder().rotary_emb  # type: ignore[operator]
+    rotary = checkpoint.skeleton(plain, dims).get_decoder().rotary_emb  # type: ignore[operator]
     positions = torch.arange(context)[None]
     like = torch.zeros(1)
-    wanted = {t.rope for t in traits_of(config, dims).layers} - {None}
+    wanted = {t.rope for t in traits_of(config, dims)} - {None}
     out: dict[str, np.ndarray] = {}
     for name in wanted:
         kind = {"full": "full_attention", "local": "sliding_attention"}[str(name)]
         with torch.no_grad():
-            cos, sin = rotary(like, positions, kind) if "local" in wanted else rotary(like, positions)
+            cos, sin = rotary(like, positions, *([kind] if dims.family == "gemma3_text" else []))
         half = cos.shape[-1] // 2
         out[f"cos_{name}"] = cos[0, :, :half].numpy()
         out[f"sin_{name}"] = sin[0, :, :half].numpy()
@@ -301,12 +304,13 @@ class _Weights:
     read_tensor: Callable[[str], np.ndarray]
     tables: Mapping[str, np.ndarray]
     imatrix: Mapping[str, np.ndarray]
-    key: tuple[tuple[str, ...], int] | None = None
+    key: tuple[tuple[Source, ...], int] | None = None
     made: tuple[np.ndarray, np.ndarray] | None = None
+    last: tuple[str, np.ndarray] | None = None  # parts of a fused tensor follow each other
 
     def array(self, block: Block) -> np.ndarray:
         if block.kind in ("cos", "sin"):
-            value = self.tables[f"{block.kind}_{block.sources[0]}"]
+            value = self.tables[f"{block.kind}_{block.sources[0][0]}"]
         elif block.kind in ("packed", "scales"):
             value = self._quantized(block)[0 if block.kind == "packed" else 1]
             if len(block.shape) == 2:
@@ -319,20 +323,28 @@ class _Weights:
                 value = value + np.float32(block.add)
         if value.shape != block.shape:
             raise StageError(
-                f"{block.sources[0]} has shape {list(value.shape)}, the plan says {list(block.shape)}"
+                f"{block.sources[0][0]} has shape {list(value.shape)}, the plan says {list(block.shape)}"
             )
-        return _as_type(value, block.dtype, block.sources[0])
+        return _as_type(value, block.dtype, block.sources[0][0])
 
-    def _joined(self, sources: Sequence[str]) -> np.ndarray:
-        arrays = [np.asarray(self.read_tensor(name), np.float32) for name in sources]
-        for name, array in zip(sources, arrays, strict=True):
+    def _joined(self, sources: Sequence[Source]) -> np.ndarray:
+        arrays = [self._tensor(name)[first : first + rows] for name, first, rows in sources]
+        for (name, _, rows), array in zip(sources, arrays, strict=True):
+            if len(array) != rows:
+                raise StageError(f"{name} has fewer rows than the plan says")
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def _tensor(self, name: str) -> np.ndarray:
+        if self.last is None or self.last[0] != name:
+            array = np.asarray(self.read_tensor(name), np.float32)
             if not np.isfinite(array).all():
                 raise StageError(f"tensor {name} holds values that are not finite")
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            self.last = (name, array)
+        return self.last[1]
 
     def _quantized(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         if self.key != (block.sources, block.bits) or self.made is None:
-            weights = self.imatrix.get(block.sources[0])
+            weights = self.imatrix.get(block.sources[0][0])
             self.made = blocks_of.quantize(self._joined(block.sources), block.bits, weights)
             self.key = (block.sources, block.bits)
         return self.made
