@@ -1,12 +1,15 @@
 """One-shot pruning without recovery: every metric, same calibration text, WikiText-2 perplexity.
 
-    .venv/bin/python benchmarks/metrics.py --data ../shared/data
+    .venv/bin/python benchmarks/metrics.py --data ../shared/data                 uniform and own allocation
+    .venv/bin/python benchmarks/metrics.py --data ../shared/data --ablations     the switches, too
+    .venv/bin/python benchmarks/metrics.py --data ../shared/data --best --tokens 65536 --windows 2048
+    .venv/bin/python benchmarks/metrics.py --cost                                seconds and peak RSS of scoring
 
-Scores each metric in a fresh process (seconds without model loading, peak RSS with it), plans with it, cuts
-in memory and reads the first --tokens tokens of the WikiText-2 test text in windows of 2048 and 128 tokens.
-Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was. Without
-the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics that prune in sequence
-(wanda-sp) are scored from the dense model here.
+Scores each metric in a fresh process, plans with it, cuts in memory and reads the first --tokens tokens of the
+WikiText-2 test text in windows of 2048 and 128 tokens, in bfloat16 (which moves the dense model's perplexity by
+0.04%). Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was.
+Without the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics that prune in
+sequence (wanda-sp) are scored from the dense model here. --cost wants an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -31,11 +34,12 @@ from safetensors.numpy import load_file, save_file
 
 from edgeprune import calibration, checkpoint, data, gradients, planner, registry, surgery, tokenizer
 from edgeprune import graph as graphs
+from edgeprune.errors import InfeasibleError
 from edgeprune.pipeline import parent as parents
 from edgeprune.records import Constraints, UnitRule
 from edgeprune.rundir import RunDir
 
-ROWS = (
+METRICS = (
     "random",
     "magnitude",
     "taylor-vector",
@@ -44,20 +48,42 @@ ROWS = (
     "taylor-mix",
     "wanda-sp",
     "flap",
-    "llm-bip:form=B",
+    "block-influence",
+    "llm-bip",
     "saap",
     "adaptive-fusion",
 )
-ABLATIONS = (
-    "llm-bip:form=A",
-    "llm-bip:form=C",
-    "saap:stability=none",
-    "saap:stability=literal",
-    "saap:stability=standardised",
-    "adaptive-fusion:fusion=coarse",
-    "adaptive-fusion:fusion=fine",
-    "adaptive-fusion:fusion=half",
-)
+UNIFORM = [(name, "uniform") for name in METRICS if name != "block-influence"]
+# what a method itself would do; llm-bip's channels and groups share no scale
+OWN = [
+    ("taylor-vector", "protected"),
+    ("taylor-element1", "protected"),
+    ("taylor-element1", "global"),
+    ("flap", "global"),
+    ("block-influence", "global"),
+    ("llm-bip", "ffn"),
+    ("llm-bip:form=C", "global"),
+    ("saap", "global"),
+    ("adaptive-fusion", "global"),
+]
+BEST = [("saap", "global"), ("adaptive-fusion", "global"), ("llm-bip", "ffn"), ("llm-bip:form=C", "global")]
+ABLATIONS = [
+    ("llm-bip:form=A", "uniform"),
+    ("llm-bip:form=C", "uniform"),
+    *(
+        (f"saap:stability={how}", where)
+        for how in ("none", "literal", "standardised")
+        for where in ("uniform", "global")
+        if (how, where) != ("literal", "global")
+    ),
+    ("saap:terms=signed", "uniform"),
+    *(
+        (f"adaptive-fusion:fusion={how}", where)
+        for how in ("coarse", "fine", "half")
+        for where in ("uniform", "global")
+    ),
+    ("adaptive-fusion:terms=signed,normalise=layer", "uniform"),
+]
 FREE = Constraints(
     format="none",
     ffn=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
@@ -87,25 +113,24 @@ def wikitext(folder: Path) -> str:
     return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
 
 
-def perplexity(model: torch.nn.Module, ids: np.ndarray, window: int) -> float:
-    total = count = 0
+def losses(model: torch.nn.Module, ids: np.ndarray, window: int) -> np.ndarray:
+    """Mean loss of every group of windows of 2048 tokens together, in nats per token."""
+    found = []
     with torch.inference_mode():
         step = max(1, 2048 // window)
         windows = torch.from_numpy(ids[: len(ids) // window * window].reshape(-1, window)).long()
         for start in range(0, len(windows), step):
             part = windows[start : start + step]
             logits = model(part).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+            found.append(
+                float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()))
             )
-            total += float(losses)
-            count += part[:, 1:].numel()
-    return float(np.exp(total / count))
+    return np.array(found)
 
 
 def build(source: checkpoint.Source, graph: graphs.ModelGraph, kept: dict) -> torch.nn.Module:
     pruned = surgery.PrunedSource(source, graph, kept)
-    return checkpoint.assemble(pruned, graphs.prune_dims(graph, kept))
+    return checkpoint.assemble(pruned, graphs.prune_dims(graph, kept)).to(torch.bfloat16)
 
 
 def score_job(job: dict) -> None:
@@ -132,12 +157,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--model", help="default: the model the tool itself takes")
-    parser.add_argument("--metric", action="append", help="NAME[:switch=value,…]; default: all rows")
-    parser.add_argument("--ablations", action="store_true", help="the ablation rows too")
+    parser.add_argument("--metric", action="append", help="NAME[:switch=value,…]; default: the table's rows")
+    parser.add_argument("--ablations", action="store_true", help="the ablation rows instead")
+    parser.add_argument("--best", action="store_true", help="the three methods' best allocations only")
+    parser.add_argument("--cost", action="store_true", help="only time scoring, three times each")
     parser.add_argument("--ratio", type=float, action="append")
     parser.add_argument("--allocation", action="append", choices=["uniform", "ffn", "protected", "global"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=int, action="append", help="default: 2048 and 128")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--out", default="metrics")
@@ -146,6 +174,10 @@ def main() -> None:
     if args.job:
         score_job(json.loads(args.job))
         return
+    if args.cost:
+        cost(args)
+        return
+    windows_read = args.windows or [2048, 128]
     text = wikitext(args.data)
     calibration_text = data.read_text(str(args.data / "calibration" / "c4_demo.jsonl"))
     path = RESULTS / f"{args.out}.json"
@@ -167,16 +199,26 @@ def main() -> None:
                 + "\n"
             )
 
-        def measure(kept: dict) -> dict:
-            model = build(source, graph, kept)
-            return {f"ppl_{w}": perplexity(model, ids, w) for w in (2048, 128)}
+        measured: dict[str, dict] = {}
 
-        dense_key = f"dense/{args.tokens}"
+        def measure(kept: dict) -> dict:
+            # two metrics may choose the same units
+            same = json.dumps({name: list(units) for name, units in sorted(kept.items())})
+            if same not in measured:
+                model, out = build(source, graph, kept), {}
+                for window in windows_read:
+                    found = losses(model, ids, window)
+                    out[f"ppl_{window}"] = float(np.exp(found.mean()))
+                    out[f"ppl_{window}_first_8192"] = float(np.exp(found[:4].mean()))
+                measured[same] = out
+            return measured[same]
+
+        dense_key = f"dense/{args.tokens}/{windows_read}"
         if dense_key not in done:
             keep({"key": dense_key, "metric": "dense", "ratio": 0.0, "tokens": args.tokens, **measure({})})
-        dense = done[dense_key]
-        print(f"dense  {dense['ppl_2048']:.2f} (2048)  {dense['ppl_128']:.2f} (128)", flush=True)
-        rows = args.metric or [*ROWS, *(ABLATIONS if args.ablations else ())]
+        print(
+            "dense", {k: round(v, 2) for k, v in done[dense_key].items() if k.startswith("ppl")}, flush=True
+        )
         for seed in range(args.seeds):
             windows = data.windows(
                 calibration_text,
@@ -188,91 +230,123 @@ def main() -> None:
             )
             tokens_path = Path(scratch) / f"tokens-{seed}.safetensors"
             save_file({"tokens": windows}, tokens_path)
-            for label in rows:
-                name, options = parse_metric(label)
-                scored: dict | None = None
-                for allocation in args.allocation or ["uniform"]:
-                    for ratio in args.ratio or [0.2, 0.35]:
-                        shape = f"{args.tokens}/{args.samples}x{args.length}"
-                        key = f"{label}/{allocation}/{ratio}/{seed}/{shape}"
-                        if key in done:
-                            continue
-                        if scored is None:
-                            out = str(Path(scratch) / "scores.safetensors")
-                            job = {
-                                "folder": str(parent.folder),
-                                "metric": name,
-                                "options": options,
-                                "windows": str(tokens_path),
-                                "seed": seed,
-                                "out": out,
-                            }
-                            child = subprocess.run(
-                                [sys.executable, __file__, "--job", json.dumps(job)],
-                                capture_output=True,
-                                text=True,
-                                check=False,
-                            )
-                            if child.returncode:
-                                raise SystemExit(f"{label}: {child.stderr[-2000:]}")
-                            scored = json.loads(child.stdout.splitlines()[-1])
-                            values = load_file(out)
-                        protected = (
+            scored: dict[str, tuple[dict, dict]] = {}
+            for label, allocation in chosen(args):
+                for ratio in args.ratio or [0.2, 0.35]:
+                    shape = f"{args.tokens}/{windows_read}/{args.samples}x{args.length}"
+                    key = f"{label}/{allocation}/{ratio}/{seed}/{shape}"
+                    if key in done:
+                        continue
+                    if label not in scored:
+                        scored[label] = score_in_child(parent.folder, label, tokens_path, seed, Path(scratch))
+                    facts, values = scored[label]
+                    name = parse_metric(label)[0]
+                    space = planner.PlanSpace(
+                        graph=graph,
+                        scores=values,
+                        poolable=facts["poolable"],
+                        constraints=FFN_ONLY if allocation == "ffn" else FREE,
+                        metric=name,
+                        protected=(
                             planner.protected_layers(len(graph.dims.layers))
                             if allocation == "protected"
                             else frozenset()
-                        )
-                        space = planner.PlanSpace(
-                            graph=graph,
-                            scores=values,
-                            poolable=scored["poolable"],
-                            constraints=FFN_ONLY if allocation == "ffn" else FREE,
-                            metric=name,
-                            protected=protected,
-                        )
-                        try:
-                            plan = planner.plan_ratio(
-                                space, "global" if allocation == "global" else "uniform", ratio
-                            )
-                        except Exception as error:  # a row that cannot be planned is a result too
-                            print(f"{key}: {error}", flush=True)
-                            continue
-                        row = {
-                            "key": key,
-                            "metric": label,
-                            "allocation": allocation,
-                            "ratio": ratio,
-                            "reached": plan.ratio,
-                            "seed": seed,
-                            "tokens": args.tokens,
-                            "score_s": round(scored["seconds"], 2),
-                            "score_peak_rss_bytes": scored["peak_rss_bytes"],
-                            **measure(plan.kept),
-                        }
-                        keep(row)
-                        print(
-                            f"{label:32s} {allocation:10s} {100 * plan.ratio:5.1f}%  seed {seed}  "
-                            f"{row['ppl_2048']:8.2f} (2048) {row['ppl_128']:8.2f} (128)  "
-                            f"{row['score_s']:5.1f} s  {row['score_peak_rss_bytes'] / 1e9:.2f} GB",
-                            flush=True,
-                        )
-    table(done, args.tokens)
+                        ),
+                    )
+                    how = "global" if allocation == "global" else "uniform"
+                    row = {
+                        "key": key,
+                        "metric": label,
+                        "allocation": allocation,
+                        "ratio": ratio,
+                        "seed": seed,
+                    }
+                    row["tokens"] = args.tokens
+                    try:
+                        plan = planner.plan_ratio(space, how, ratio)
+                    except InfeasibleError as error:  # that a row cannot be planned is a result too
+                        keep(row | {"error": str(error)})
+                        print(f"{label:40s} {allocation:10s} {error}", flush=True)
+                        continue
+                    keep(row | {"reached": plan.ratio, **measure(plan.kept)})
+                    figures = {k: round(v, 2) for k, v in measure(plan.kept).items() if "first" not in k}
+                    print(f"{label:40s} {allocation:10s} {plan.ratio:.4f} seed {seed} {figures}", flush=True)
+    for window in windows_read:
+        table(done, args.tokens, window)
 
 
-def table(done: dict[str, dict], tokens: int) -> None:
+def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
+    if args.metric:
+        return [(label, where) for label in args.metric for where in args.allocation or ["uniform"]]
+    rows = ABLATIONS if args.ablations else BEST if args.best else [*UNIFORM, *OWN]
+    return [(label, where) for label, where in rows if not args.allocation or where in args.allocation]
+
+
+def score_in_child(
+    folder: Path, label: str, tokens: Path, seed: int, scratch: Path
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """({seconds, peak_rss_bytes, poolable}, scores) of a fresh process."""
+    name, options = parse_metric(label)
+    out = scratch / "scores.safetensors"
+    job = {"folder": str(folder), "metric": name, "options": options, "windows": str(tokens)}
+    job |= {"seed": seed, "out": str(out)}
+    child = subprocess.run(
+        [sys.executable, __file__, "--job", json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise SystemExit(f"{label}: {child.stderr[-2000:]}")
+    return json.loads(child.stdout.splitlines()[-1]), load_file(out)
+
+
+def cost(args: argparse.Namespace) -> None:
+    """Seconds (without loading the model) and peak RSS (with it) of scoring, three fresh processes each."""
+    shapes = [(10, 128, label) for label in args.metric or METRICS]
+    if not args.metric:
+        shapes += [
+            (64, 128, label) for label in ("taylor-vector", "taylor-element1", "saap", "adaptive-fusion")
+        ]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="edgeprune-metrics-") as scratch:
+        with RunDir(Path(scratch) / "run") as run:
+            parent = parents.open_parent(args.model, run)
+        weights = parent.graph.total_params * 4
+        rng = np.random.default_rng(0)
+        for samples, length, label in shapes:
+            tokens = Path(scratch) / "tokens.safetensors"
+            ids = rng.integers(0, parent.graph.dims.vocab, (samples, length))
+            save_file({"tokens": ids.astype(np.int32)}, tokens)
+            found = [
+                score_in_child(parent.folder, label, tokens, 0, Path(scratch))[0]
+                for _ in range(3 if samples == 10 else 1)
+            ]
+            seconds = sorted(f["seconds"] for f in found)
+            peak = max(f["peak_rss_bytes"] for f in found)
+            row = {"metric": label, "samples": samples, "length": length, "seconds": seconds}
+            row |= {"peak_rss_bytes": peak, "peak_rss_of_fp32_weights": peak / weights}
+            rows.append(row)
+            print(
+                f"{label:18s} {samples} x {length}  {seconds[len(seconds) // 2]:6.2f} s "
+                f"({seconds[0]:.2f} to {seconds[-1]:.2f})  {peak / 1e9:.2f} GB = {peak / weights:.2f} x weights",
+                flush=True,
+            )
+    report = {"machine": machine(), "command": "benchmarks/metrics.py --cost", "rows": rows}
+    (RESULTS / "metrics_cost.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table(done: dict[str, dict], tokens: int, window: int) -> None:
     """Mean and spread over seeds."""
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[float]] = {}
     for row in done.values():
-        if row["metric"] != "dense" and row["tokens"] == tokens:
-            groups.setdefault((row["ratio"], row["metric"], row["allocation"]), []).append(row)
-    print(f"\n{'metric':32s} {'allocation':10s} ratio  seeds  perplexity 2048      perplexity 128")
-    for (ratio, metric, allocation), rows in sorted(groups.items(), key=lambda g: g[0]):
-        cells = []
-        for field in ("ppl_2048", "ppl_128"):
-            values = [row[field] for row in rows]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):9.2f} ± {spread:6.2f}")
-        print(f"{metric:32s} {allocation:10s} {ratio:5.2f} {len(rows):6d}  {cells[0]}  {cells[1]}")
+        if row["metric"] != "dense" and row["tokens"] == tokens and f"ppl_{window}" in row:
+            place = (row["ratio"], row["metric"], row["allocation"])
+            groups.setdefault(place, []).append(row[f"ppl_{window}"])
+    print(f"\n{'metric':46s} {'allocation':10s} ratio  seeds  perplexity, window {window}")
+    for (ratio, metric, allocation), values in sorted(groups.items(), key=lambda g: (g[0][0], np.mean(g[1]))):
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(
+            f"{metric:46s} {allocation:10s} {ratio:5.2f} {len(values):6d}  "
+            f"{statistics.mean(values):9.2f} ± {spread:.2f}"
+        )
 
 
 if __name__ == "__main__":
