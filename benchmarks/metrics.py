@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/metrics.py --data ../shared/data                 uniform and own allocation
     .venv/bin/python benchmarks/metrics.py --data ../shared/data --ablations     the switches, too
     .venv/bin/python benchmarks/metrics.py --data ../shared/data --best --tokens 65536 --windows 2048
-    .venv/bin/python benchmarks/metrics.py --cost                                seconds and peak RSS of scoring
+    .venv/bin/python benchmarks/metrics.py --cost                                seconds and RSS of scoring
 
-Scores each metric in a fresh process, plans with it, cuts in memory and reads the first --tokens tokens of the
-WikiText-2 test text in windows of 2048 and 128 tokens, in bfloat16 (which moves the dense model's perplexity by
-0.04%). Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was.
+Scores each metric in a fresh process, plans with it, cuts in memory and reads the first --tokens tokens of
+the WikiText-2 test text in windows of 2048 and 128 tokens, in bfloat16 (which moves the dense model's
+perplexity by 0.04%). Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was.
 Without the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics that prune in
 sequence (wanda-sp) are scored from the dense model here. --cost wants an otherwise idle machine.
 """
@@ -326,7 +326,8 @@ def cost(args: argparse.Namespace) -> None:
             rows.append(row)
             print(
                 f"{label:18s} {samples} x {length}  {seconds[len(seconds) // 2]:6.2f} s "
-                f"({seconds[0]:.2f} to {seconds[-1]:.2f})  {peak / 1e9:.2f} GB = {peak / weights:.2f} x weights",
+                f"({seconds[0]:.2f} to {seconds[-1]:.2f})  {peak / 1e9:.2f} GB, "
+                f"{peak / weights:.2f} x fp32 weights",
                 flush=True,
             )
     report = {"machine": machine(), "command": "benchmarks/metrics.py --cost", "rows": rows}
