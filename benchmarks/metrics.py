@@ -7,9 +7,9 @@
 
 Scores each metric in a fresh process, plans with it, cuts in memory and reads the first --tokens tokens of
 the WikiText-2 test text in windows of 2048 and 128 tokens, in bfloat16 (which moves the dense model's
-perplexity by 0.04%). Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on where it was.
-Without the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics that prune in
-sequence (wanda-sp) are scored from the dense model here. --cost wants an otherwise idle machine.
+perplexity by 0.04%). Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on
+where it was. Without the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics
+that prune in sequence (wanda-sp) are scored from the dense model here. --cost wants an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ ABLATIONS = [
 ]
 FREE = Constraints(
     format="none",
-    ffn=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
-    kv=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
+    ffn=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False, whole=True),
+    kv=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False, whole=True),
     reasons=(),
 )
 FFN_ONLY = Constraints(
@@ -247,6 +247,7 @@ def main() -> None:
                         poolable=facts["poolable"],
                         constraints=FFN_ONLY if allocation == "ffn" else FREE,
                         metric=name,
+                        blocks=name == "block-influence",
                         protected=(
                             planner.protected_layers(len(graph.dims.layers))
                             if allocation == "protected"
