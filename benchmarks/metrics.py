@@ -9,7 +9,7 @@ Scores each metric in a fresh process, plans with it, cuts in memory and reads t
 the WikiText-2 test text in windows of 2048 and 128 tokens, in bfloat16 (which moves the dense model's
 perplexity by 0.04%). Rows are kept in benchmarks/results/metrics.json as they come, so a stopped run goes on
 where it was. Without the data folder it says so and stops. Ratios are of decoder-layer parameters. Metrics
-that prune in sequence (wanda-sp) are scored from the dense model here. --cost wants an otherwise idle machine.
+that prune in sequence (wanda-sp) are scored from the dense model here. --cost wants an idle machine.
 """
 
 from __future__ import annotations
