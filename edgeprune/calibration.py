@@ -129,6 +129,10 @@ class Collector:
         self._mean(Need.DOWN_IN_SQUARES, h.square())
         self._mean(Need.DOWN_IN_MEAN, h)
         self._mean(Need.DOWN_IN_ABS, h.abs())
+        if Need.DOWN_IN_RELATIVE in self.needs:
+            assert self._y is not None
+            size = self._y.float().square().mean(dim=-1, keepdim=True) + self.dims.rms_eps
+            self._mean(Need.DOWN_IN_RELATIVE, h.square() / size)
 
     def _norm_in(self, y: torch.Tensor) -> None:
         self._y = y.detach()

@@ -71,6 +71,8 @@ def test_statistics_are_those_of_the_whole_model(tmp_path: Path) -> None:
         close(stat[Need.DOWN_IN_MEAN], h.mean(axis=0))
         close(stat[Need.DOWN_IN_VARIANCE], h.var(axis=0))
         close(stat[Need.DOWN_IN_ABS], np.abs(h).mean(axis=0))
+        size = (y**2).mean(axis=1, keepdims=True) + 1e-5
+        close(stat[Need.DOWN_IN_RELATIVE], (h**2 / size).mean(axis=0))
         close(stat[Need.ATTN_IN_SQUARES], (seen[f"{i}.q_proj"] ** 2).mean(axis=0))
         close(stat[Need.FFN_IN_SQUARES], (seen[f"{i}.gate_proj"] ** 2).mean(axis=0))
         close(stat[Need.OUT_SQUARES], [(seen[f"{i}.out"] ** 2).sum(axis=1).mean()])

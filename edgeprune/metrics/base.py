@@ -37,6 +37,7 @@ class Need(enum.Enum):
     DOWN_IN_MEAN = "down_in_mean"  # [m]
     DOWN_IN_VARIANCE = "down_in_variance"  # [m]
     DOWN_IN_ABS = "down_in_abs"  # [m] mean |h|
+    DOWN_IN_RELATIVE = "down_in_relative"  # [m] mean h^2 / mean square of the stream at that token
     ATTN_IN_SQUARES = "attn_in_squares"  # [d] input of q, k, v
     FFN_IN_SQUARES = "ffn_in_squares"  # [d] input of gate, up
     HEAD_GRAM = "head_gram"  # [K, g*dh, g*dh] mean u_k' u_k of each KV group

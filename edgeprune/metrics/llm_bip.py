@@ -26,7 +26,8 @@ from edgeprune.metrics.base import Array, LayerView, Metric, Need, Option, group
 
 
 def needs(options: Mapping[str, str]) -> frozenset[Need]:
-    wanted = {Need.DOWN_IN_SQUARES if options["norm"] == "l2" else Need.DOWN_IN_ABS, Need.OUT_SQUARES}
+    squares = Need.DOWN_IN_RELATIVE if options["tokens"] == "relative" else Need.DOWN_IN_SQUARES
+    wanted = {squares if options["norm"] == "l2" else Need.DOWN_IN_ABS, Need.OUT_SQUARES}
     wanted |= {Need.ATTN_OUT_INV_RMS, Need.FFN_OUT_INV_RMS}
     wanted |= {
         "A": {Need.HEAD_GRAM},
@@ -82,7 +83,8 @@ def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> 
     if unit == "ffn":
         down = joined(view, "down")
         if options["norm"] == "l2":
-            value = np.sqrt(view.stat(Need.DOWN_IN_SQUARES)) * np.sqrt(np.square(down).sum(axis=0))
+            squares = Need.DOWN_IN_RELATIVE if options["tokens"] == "relative" else Need.DOWN_IN_SQUARES
+            value = np.sqrt(view.stat(squares)) * np.sqrt(np.square(down).sum(axis=0))
         else:
             value = view.stat(Need.DOWN_IN_ABS) * np.abs(down).sum(axis=0)
     elif options["form"] == "A":
@@ -98,7 +100,8 @@ def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> 
 
 def poolable(options: Mapping[str, str]) -> bool:
     # B is 45 to 90 times loose, so its groups and channels share no scale; A and C do, in L2
-    return options["form"] != "B" and options["norm"] == "l2"
+    # relative channels and absolute groups share none either
+    return options["form"] != "B" and options["norm"] == "l2" and options["tokens"] == "equal"
 
 
 METRIC = Metric(
@@ -120,6 +123,13 @@ METRIC = Metric(
             default="l2",
             choices=("l2", "l1"),
             help="FFN channels: l2 ||h_j||·||Wd_j||, l1 mean|h_j|·||Wd_j||_1",
+            origin="reconstructed",
+        ),
+        "tokens": Option(
+            default="equal",
+            choices=("equal", "relative"),
+            help="FFN channels, l2: relative divides what a token adds by the mean square of its stream, as "
+            "the next norm will; equal counts the few tokens with a huge stream most",
             origin="reconstructed",
         ),
         "sequential": sequential_option("no", "reconstructed"),
