@@ -501,6 +501,7 @@ def _with_library(job):
     engine.lib.llama_model_desc(engine.model, text, 256)
     return {
         "engine": "llama-cpp-python",
+        "depth": n_prompt,
         "engine_version": _module_version("llama_cpp", "llama-cpp-python"),
         "threads": threads,
         "sweep": sweep,
@@ -608,6 +609,7 @@ def _with_llama_bench(job):
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "engine": "llama-bench",
+        "depth": 0,
         "engine_version": str(tg.get("build_commit", "unknown")),
         "threads": int(tg.get("n_threads", threads)),
         "sweep": {},
