@@ -102,6 +102,12 @@ def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
             f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
         )
     load_allocator(allocator).check(space)
+    rules = (space.constraints.ffn, space.constraints.kv)
+    if ratio > 0 and space.protected and any(r.uniform_across_layers and not r.fixed for r in rules):
+        raise ConfigError(
+            "protected layers keep widths of their own, which this export cannot load",
+            "leave no layer whole, or plan without the export's --quantization",
+        )
     top = highest_ratio(space)
     if ratio > top + 1e-9:
         n = len(space.protected)

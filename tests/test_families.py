@@ -20,8 +20,10 @@ import torch
 from builders import FAMILIES, logits
 
 from edgeprune import checkpoint, graph, registry, surgery
+from edgeprune.costs import gguf_types
 from edgeprune.costs.gguf_header import read_header
 from edgeprune.errors import UnsupportedModelError
+from edgeprune.exporters import _gguf_quantize
 from edgeprune.exporters import gguf as exporter
 from edgeprune.families.base import ACTIVATION_LIPSCHITZ, MATRICES, Family
 from edgeprune.gguf_source import GgufSource
@@ -259,6 +261,58 @@ def test_file_equals_torch(tmp_path: Path, folders: Callable[[str], Path], name:
         layer.mlp.act_fn = HalfGelu()
     difference = np.abs(logits(model, TOKENS) - found_logits).max(axis=1)
     assert np.median(difference) <= 3e-4 and difference.max() <= 3e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_types_are_what_llama_cpp_chooses(tmp_path: Path, folders: Callable[[str], Path], name: str) -> None:
+    """Told only the name of a quantization, llama.cpp gives every tensor the type that was counted on."""
+    for shape in ("dense", "per layer"):
+        kept = cut(shape, name)
+        if kept is None:
+            continue
+        _, source, after, family = pruned(folders(name), kept)
+        master = tmp_path / f"{shape}.gguf"
+        export(master, source, after, family)
+        cost = exporter.FileCost(family, source.config, [], has_imatrix=False)
+        for quantization in ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q4_0", "IQ4_NL"):
+            out = tmp_path / f"{quantization}.gguf"
+            job = {
+                "master": str(master),
+                "out": str(out),
+                "ftype": gguf_types.QUANTIZATIONS[quantization][0],
+                "overrides": [],
+                "imatrix": None,
+                "threads": 1,
+            }
+            assert _gguf_quantize.run(job) == 0
+            found = {t.name: t.type.name for t in read_header(out).tensors}
+            assert found == {n: t for n, _, t, _ in cost.tensors(after.dims, quantization)}, quantization
+            assert out.stat().st_size == cost.file_bytes(after.dims, quantization)
+
+
+CONSTRAINTS = {  # widths per layer, heads, whole FFN blocks, whole attention blocks
+    "llama": (True, True, True, True),
+    "mistral": (True, True, True, True),
+    "qwen2": (True, True, True, True),
+    "qwen3": (True, True, True, False),
+    "qwen3 untied": (False, True, False, False),
+    "gemma3": (False, True, False, False),
+    "smollm3": (False, True, False, False),
+    "phi3": (False, False, False, False),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_planner_is_told(folders: Callable[[str], Path], name: str) -> None:
+    _, found = opened(folders(name))
+    rules = exporter.constraints(graph.find_family(found.dims.family), found.dims, "Q4_0")
+    told = (not rules.ffn.uniform_across_layers, not rules.kv.fixed, rules.ffn.whole, rules.kv.whole)
+    assert told == CONSTRAINTS[name]
+    assert rules.kv.uniform_across_layers is rules.ffn.uniform_across_layers
+    text = " ".join(rules.reasons)
+    assert ("with widths per layer" in text) is rules.ffn.uniform_across_layers
+    assert ("heads are fixed" in text) is rules.kv.fixed
+    assert ("'openelm' refuses an output of its own" in text) is (name == "qwen3 untied")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from builders import FAMILIES
 
 from edgeprune import calibration, checkpoint, gradients, graph, planner, registry
+from edgeprune.errors import ConfigError
 from edgeprune.exporters import gguf as exporter
 from edgeprune.families.base import ACTIVATION_LIPSCHITZ
 from edgeprune.metrics import llm_bip
@@ -229,3 +231,5 @@ def test_one_kv_head_leaves_ffn_only(tmp_path: Path) -> None:
     )
     plan = planner.plan_ratio(space, "uniform", 0.3)
     assert plan.uniform and set(plan.kept) == {f"layers.{i}.ffn" for i in range(4)}
+    with pytest.raises(ConfigError, match="protected layers keep widths of their own"):
+        planner.plan_ratio(dataclasses.replace(space, protected=frozenset((0,))), "uniform", 0.3)

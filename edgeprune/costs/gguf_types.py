@@ -183,7 +183,8 @@ def choose_types(
     floats = quantization in FLOATS
     names = [name for name, _ in tensors]
     tied = "output.weight" not in names
-    wide_v = {n: i for i, n in enumerate(_by_layer(names, ".attn_v.weight"))}
+    # a fused matrix counts as the V that it holds
+    wide_v = {n: i for i, n in enumerate(_by_layer(names, (".attn_v.weight", ".attn_qkv.weight")))}
     down = {n: i for i, n in enumerate(_by_layer(names, ".ffn_down.weight"))}
     out: dict[str, str] = {}
     for name, shape in tensors:
@@ -198,17 +199,15 @@ def choose_types(
                 chosen = _attn_v(quantization, default, wide_v[name], len(wide_v), n_gqa, is_70b)
             elif name in down:
                 chosen = _ffn_down(quantization, default, down[name], n_layers, has_imatrix)
-            elif quantization == "Q3_K_M" and name.endswith((".attn_output.weight", ".attn_qkv.weight")):
+            elif quantization == "Q3_K_M" and name.endswith(".attn_output.weight"):
                 chosen = "Q4_K"
-            elif quantization in ("Q4_K_M", "Q5_K_M") and name.endswith(".attn_qkv.weight"):
-                chosen = {"Q4_K": "Q5_K", "Q5_K": "Q6_K"}[default]
             else:
                 chosen = default
             out[name] = fit(chosen, shape[-1])
     return out
 
 
-def _by_layer(names: Sequence[str], suffix: str) -> list[str]:
+def _by_layer(names: Sequence[str], suffix: str | tuple[str, ...]) -> list[str]:
     return sorted((n for n in names if n.endswith(suffix)), key=lambda n: int(n.split(".")[1]))
 
 

@@ -85,10 +85,11 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
     reasons = []
     # an uneven model is already written under its carrier, and a dense one shows what would be refused
     refusals = {arch.name: arch.refuses(dims) for arch in family.gguf}
-    uniform = not any(arch.per_layer and refusals[arch.name] is None for arch in family.gguf)
+    carriers = [arch for arch in family.gguf if arch.per_layer and refusals[arch.name] is None]
+    uniform = not carriers
     if uniform:
         carrier = next((arch for arch in family.gguf if arch.per_layer), None)
-        but = f", and '{carrier.name}' loads no {refusals[carrier.name]}" if carrier else ""
+        but = f", and '{carrier.name}' refuses {refusals[carrier.name]}" if carrier else ""
         reasons.append(f"GGUF has no architecture for '{family.model_type}' with widths per layer{but}")
     one = all(s.n_kv_heads <= 1 for s in dims.layers)
     fixed = one or not any(arch.fewer_heads and refusals[arch.name] is None for arch in family.gguf)
@@ -111,10 +112,18 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
     return Constraints(
         format="gguf",
         ffn=UnitRule(
-            uniform_across_layers=uniform, multiple_of=ffn_multiple, min_keep=ffn_multiple, fixed=False
+            uniform_across_layers=uniform,
+            multiple_of=ffn_multiple,
+            min_keep=ffn_multiple,
+            fixed=False,
+            whole=not uniform,
         ),
         kv=UnitRule(
-            uniform_across_layers=uniform, multiple_of=kv_multiple, min_keep=kv_multiple, fixed=fixed
+            uniform_across_layers=uniform,
+            multiple_of=kv_multiple,
+            min_keep=kv_multiple,
+            fixed=fixed,
+            whole=any(arch.no_attention for arch in carriers),
         ),
         reasons=tuple(reasons),
     )
