@@ -31,7 +31,7 @@ from edgeprune.errors import ConfigError
 from edgeprune.progress import Progress, Silent
 from edgeprune.records import Axis, ModelGraph
 
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # shares of the mean diagonal that are tried
+RIDGES = (0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal that are tried
 HELD_OUT = 8  # one window in this many chooses the ridge
 
 _ROLE = {"kv": "o", "ffn": "down"}

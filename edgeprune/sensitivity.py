@@ -26,7 +26,7 @@ from edgeprune.progress import Progress, Silent
 from edgeprune.reconstruction import Walk, set_columns_, solve
 from edgeprune.records import Axis, ModelGraph
 
-RIDGE = 0.03  # one for all: choosing it per axis and width would cost more than it tells
+RIDGE = 0.1  # one for all: choosing it per axis and width would cost more than it tells
 FFN_SHARES = (0.75, 0.4)  # widths that are measured, as shares of the dense one
 _HEAD_TOKENS = 512
 

@@ -68,7 +68,7 @@ def test_sensitivity_is_the_least_summed_damage(ratio: float, seed: int) -> None
     for axis in base.graph.axes:
         legal, damage = sensitivity.damages(base, axis)
         found += damage[legal.index(widths[axis.name])]
-    assert found == pytest.approx(brute_force(base, ratio), rel=1e-3, abs=1e-9)
+    assert found == pytest.approx(brute_force(base, ratio), rel=3e-3, abs=1e-9)
 
 
 def test_the_harmless_axis_goes_first() -> None:

@@ -218,6 +218,7 @@ def test_llm_bip_forms() -> None:
         {
             "down_in_squares": [4, 16],
             "down_in_abs": [1, 3],
+            "down_in_relative": [9, 1],
             "out_squares": [4],
             "head_gram": [[[1, 0], [0, 4]], [[1, 1], [1, 1]]],
             "head_delta_abs": [[1, 2], [3, 4]],
@@ -229,6 +230,7 @@ def test_llm_bip_forms() -> None:
     )
     assert worth("llm-bip", "ffn", view) == pytest.approx([2 * 5**0.5, 12])
     assert worth("llm-bip", "ffn", view, norm="l1") == [3, 9]
+    assert worth("llm-bip", "ffn", view, tokens="relative") == pytest.approx([3 * 5**0.5, 3])
     # s = 1 + 0.5 |norm weight| [26.1, 34.5] = [27.1, 18.25]
     assert worth("llm-bip", "kv", view) == pytest.approx([27.1 + 2 * 18.25, 3 * 27.1 + 4 * 18.25])
     # traces 1 + 4 + 9 + 4 and (2+0)^2 + (0+2)^2; divided by the output's size 2

@@ -101,11 +101,29 @@ class _Verbs(click.Group):
 )
 @click.option(
     "--device",
-    metavar="local",
+    metavar="ADDRESS",
     default="local",
     show_default=True,
-    help="Where to measure. A target that is not this machine is predicted.",
+    help="Where to measure: local, ssh://user@host[:port] or adb://serial. With local, the speed of a "
+    "target that is not this machine is predicted.",
 )
+@click.option(
+    "--ssh-config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Instead of ~/.ssh/config.",
+)
+@click.option("--device-python", metavar="PATH", help="Python on the device. Default: python3.")
+@click.option("--llama-bench", metavar="PATH", help="llama-bench on the device. Default: found on its path.")
+@click.option(
+    "--sustained",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to decode without a pause on another device, behind the repeats.",
+)
+@click.option("--keep-remote", is_flag=True, help="Leave what was copied to the device there.")
 @click.option("--mode", metavar="NAME", help="Power mode of the target, such as 25W.")
 @click.option(
     "--out",
@@ -123,7 +141,13 @@ class _Verbs(click.Group):
     "allocators",
     multiple=True,
     metavar="NAME",
-    help="How widths are shared among layers: uniform or global; may be repeated. Default: the profile's.",
+    help="How widths are shared among layers: uniform, global or sensitivity; may be repeated. "
+    "Default: the profile's.",
+)
+@click.option(
+    "--compensation",
+    type=click.Choice(["ridge", "bias", "none"]),
+    help="What is done to make up for what leaves, see 'edgeprune prune'. Default: the profile's.",
 )
 @click.option(
     "--calibration",
@@ -203,7 +227,13 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         max_candidates=given["max_candidates"],
         quantizations=given["quantizations"],
         allocators=given["allocators"],
+        compensation=given["compensation"],
         mode=given["mode"],
+        ssh_config=given["ssh_config"],
+        device_python=given["device_python"],
+        llama_bench=given["llama_bench"],
+        keep_remote=given["keep_remote"],
+        sustained_s=given["sustained"],
         command=tuple(["edgeprune", *ctx.obj]),
     )
     with open_progress() as progress:

@@ -26,7 +26,7 @@ from edgeprune.metrics.base import Array, LayerView, Metric, Need, Option, group
 
 
 def needs(options: Mapping[str, str]) -> frozenset[Need]:
-    squares = Need.DOWN_IN_RELATIVE if options["tokens"] == "relative" else Need.DOWN_IN_SQUARES
+    squares = Need.DOWN_IN_RELATIVE if relative(options) else Need.DOWN_IN_SQUARES
     wanted = {squares if options["norm"] == "l2" else Need.DOWN_IN_ABS, Need.OUT_SQUARES}
     wanted |= {Need.ATTN_OUT_INV_RMS, Need.FFN_OUT_INV_RMS}
     wanted |= {
@@ -35,6 +35,11 @@ def needs(options: Mapping[str, str]) -> frozenset[Need]:
         "C": {Need.HEAD_EXACT},
     }[options["form"]]
     return frozenset(wanted)
+
+
+def relative(options: Mapping[str, str]) -> bool:
+    """A token's share in a channel's score is relative to its stream."""
+    return options["norm"] == "l2" and options["tokens"] == "relative"
 
 
 def behind(view: LayerView, role: str) -> Array | float:
@@ -83,7 +88,7 @@ def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> 
     if unit == "ffn":
         down = joined(view, "down")
         if options["norm"] == "l2":
-            squares = Need.DOWN_IN_RELATIVE if options["tokens"] == "relative" else Need.DOWN_IN_SQUARES
+            squares = Need.DOWN_IN_RELATIVE if relative(options) else Need.DOWN_IN_SQUARES
             value = np.sqrt(view.stat(squares)) * np.sqrt(np.square(down).sum(axis=0))
         else:
             value = view.stat(Need.DOWN_IN_ABS) * np.abs(down).sum(axis=0)
@@ -101,7 +106,7 @@ def score(view: LayerView, unit: str, options: Mapping[str, str], seed: int) -> 
 def poolable(options: Mapping[str, str]) -> bool:
     # B is 45 to 90 times loose, so its groups and channels share no scale; A and C do, in L2
     # relative channels and absolute groups share none either
-    return options["form"] != "B" and options["norm"] == "l2" and options["tokens"] == "equal"
+    return options["form"] != "B" and options["norm"] == "l2" and not relative(options)
 
 
 METRIC = Metric(
@@ -129,7 +134,7 @@ METRIC = Metric(
             default="equal",
             choices=("equal", "relative"),
             help="FFN channels, l2: relative divides what a token adds by the mean square of its stream, as "
-            "the next norm will; equal counts the few tokens with a huge stream most",
+            "the next norm will; equal lets the few tokens with a huge stream decide",
             origin="reconstructed",
         ),
         "sequential": sequential_option("no", "reconstructed"),

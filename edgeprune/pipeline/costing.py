@@ -12,6 +12,7 @@ from edgeprune.costs import speed as speed_costs
 from edgeprune.costs.gguf_header import KeyValue, read_header
 from edgeprune.exporters.gguf import FileCost
 from edgeprune.families.base import Family
+from edgeprune.graph import prune_dims
 from edgeprune.planner import Cost
 from edgeprune.records import (
     Budget,
@@ -143,11 +144,30 @@ def plan_ladder(
     plans = []
     for allocator in allocators:
         plans += [planner.plan_ratio(space, allocator, r) for r in ratios if r <= top]
+        measured = planner.load_allocator(allocator).curves
         for quantization in quantizations:
-            plan = planner.weakest_fit(space, allocator, quantization, cost)
+            priced = space
+            if measured:
+                # what is saved are bytes of this type, and a mix gives some tensors more bits than others
+                priced = dataclasses.replace(space, unit_costs=unit_bytes(space, quantization, cost))
+            plan = planner.weakest_fit(priced, allocator, quantization, cost)
             if plan is not None:
                 plans.append(plan)
     return planner.ladder(plans, space)
+
+
+def unit_bytes(space: planner.PlanSpace, quantization: str, cost: planner.CostOf) -> dict[str, float]:
+    """File bytes that one unit of each axis takes at a quantization, from one legal step less of it."""
+    dense = cost(space.graph.dims, quantization).file_bytes
+    out = {}
+    for axis in space.graph.axes:
+        step = min(space.rule(axis).multiple_of, axis.n_units)
+        if not space.free(axis) or axis.n_units == step:
+            out[axis.name] = float(axis.unit_params)
+            continue
+        less = prune_dims(space.graph, {axis.name: range(axis.n_units - step)})
+        out[axis.name] = (dense - cost(less, quantization).file_bytes) / step
+    return out
 
 
 def stored_tensors(path: Path) -> list[memory_costs.StoredTensor]:

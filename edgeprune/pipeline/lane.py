@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 import edgeprune
-from edgeprune import bench, calibration, checkpoint, quality, rundir, surgery, verify
+from edgeprune import bench, calibration, checkpoint, quality, rundir, verify
 from edgeprune.errors import EdgepruneError, StageError
 from edgeprune.exporters import gguf
+from edgeprune.pipeline import refine
+from edgeprune.pipeline.device_loop import DeviceBench
 from edgeprune.pipeline.parent import Parent
 from edgeprune.planner import Lane
+from edgeprune.progress import Progress, Silent
 from edgeprune.records import (
     Artifact,
     BenchProtocol,
@@ -59,15 +62,22 @@ class Workshop:
     measure_speed: bool
     memory_limit: float
     flag_choices: list[LaunchFlags]
+    text: refine.Text | None = None  # what plans with compensation are solved on
+    progress: Progress = dataclasses.field(default_factory=Silent)
     bench_threads: int | None = None
+    device: DeviceBench | None = None  # where to measure, if not here
     reference: llama_cpp.Reference | None = None
+    _sources: dict[str, checkpoint.Source] = dataclasses.field(default_factory=dict)
 
     # ------------------------------------------------ export
 
     def _pruned(self, plan: PrunePlan) -> checkpoint.Source:
-        if not plan.kept:
-            return self.parent.source
-        return surgery.PrunedSource(self.parent.source, self.parent.graph, plan.kept)
+        if plan.key not in self._sources:
+            # one plan at a time is worked on, and what a source holds in memory is not small
+            self._sources = {
+                plan.key: refine.source_of(self.run, self.parent, plan, self.text, self.progress)
+            }
+        return self._sources[plan.key]
 
     def _export(self, path: Path, plan: PrunePlan, quantization: str, master: Path | None) -> int:
         source = self._pruned(plan)
@@ -246,7 +256,21 @@ class Workshop:
     # ------------------------------------------------ measure
 
     def measure_memory(self, artifact: Artifact, flags: LaunchFlags) -> MemoryResult:
-        key = make_key("memory_result", artifact.sha256, flags, self.device_name, llama_cpp.RUNTIME.version())
+        key = make_key("memory_result", artifact.sha256, flags, self.device_name, self._runtime_version())
+        device = self.device
+        if device is not None:
+            return self.run.stage(
+                MemoryResult,
+                key,
+                lambda: device.memory(
+                    self.run.path(artifact.path),
+                    sha256=artifact.sha256,
+                    flags=flags,
+                    key=key,
+                    threads=device.threads(),
+                ),
+                name=f"memory {artifact.path}",
+            )
         return self.run.stage(
             MemoryResult,
             key,
@@ -260,6 +284,9 @@ class Workshop:
             ),
             name=f"memory {artifact.path}",
         )
+
+    def _runtime_version(self) -> str:
+        return llama_cpp.RUNTIME.version() if self.device is None else self.device.runtime_version
 
     def fit_memory(self, artifact: Artifact, flags: LaunchFlags) -> MemoryResult:
         """Measure with the planned flags; when the limit is missed, with leaner ones, at most twice more."""
@@ -286,12 +313,21 @@ class Workshop:
             self.protocol,
             self.threads,
             self.device_name,
-            llama_cpp.RUNTIME.version(),
+            self._runtime_version(),
         )
 
         def compute() -> BenchResult:
             best: BenchResult | None = None
             threads = self.bench_threads
+            if self.device is not None:
+                return self.device.bench(
+                    self.run.path(artifact.path),
+                    sha256=artifact.sha256,
+                    flags=flags,
+                    protocol=self.protocol,
+                    threads=threads,
+                    key=key,
+                )
             for _ in range(BENCH_TRIES):
                 found = bench.bench_artifact(
                     self.run.path(artifact.path),
@@ -414,6 +450,8 @@ def run_lane(shop: Workshop, lane: Lane) -> LaneResult:
         if shop.measure_speed:
             timed = shop.measure_bench(artifact, memory.flags)
             result = dataclasses.replace(result, bench=timed)
+        if shop.device is not None:
+            shop.device.drop(artifact.sha256)
         return dataclasses.replace(result, quality=shop.judge(artifact, memory.flags))
     except StageError as error:
         return dataclasses.replace(result, error=error.message)

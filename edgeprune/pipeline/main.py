@@ -19,7 +19,7 @@ from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
-from edgeprune.pipeline import costing, prepare
+from edgeprune.pipeline import costing, device_loop, prepare, refine
 from edgeprune.pipeline import lane as lanes
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import Lane
@@ -29,6 +29,7 @@ from edgeprune.records import (
     Candidate,
     DeviceTarget,
     Measured,
+    PlanLadder,
     Predicted,
     Profile,
     QualitySummary,
@@ -39,6 +40,9 @@ from edgeprune.report import build as report_build
 
 # what only late stages import: said before anything is worked out
 _NEEDED = (("transformers", "torch"), ("tokenizers", "torch"), ("gguf", "gguf"), ("llama_cpp", "gguf"))
+
+
+TEXT_SEED_OFFSET = 104_729  # what matrices are solved on is neither calibration nor held-out text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +69,13 @@ class RunOptions:
     command: tuple[str, ...]
     metric_options: dict[str, str] = field(default_factory=dict)
     allocators: tuple[str, ...] = ()  # empty: the profile's
+    compensation: str | None = None  # None: the profile's
     calibration_seeds: int = 1  # draws with seed, seed + 1, …; scores are averaged
+    ssh_config: Path | None = None
+    device_python: str | None = None
+    llama_bench: str | None = None  # on the device
+    keep_remote: bool = False
+    sustained_s: float = 60.0  # of decoding on a device, behind the repeats
 
 
 def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
@@ -74,16 +84,14 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     Finished stages are found by their key and not run again. Raises InfeasibleError after the report
     was written when nothing meets the budget.
     """
-    if options.device != "local":
-        raise ConfigError(
-            f"device '{options.device}' cannot be reached by this version",
-            "leave out --device: without the board speed is predicted, memory is checked on this machine",
-        )
     target, took, profile = budgets.load_inputs(
         options.target, options.profile, memory_bytes=options.budget_bytes
     )
     if options.allocators:
         recipe = dataclasses.replace(profile.recipe, allocators=tuple(dict.fromkeys(options.allocators)))
+        profile = dataclasses.replace(profile, recipe=recipe)
+    if options.compensation is not None:
+        recipe = dataclasses.replace(profile.recipe, compensation=options.compensation)
         profile = dataclasses.replace(profile, recipe=recipe)
     if options.eval_text is not None and options.eval_text == options.calibration:
         progress.say("--eval-text is the calibration text: quality will look better than it is")
@@ -98,9 +106,24 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     for library, extra in _NEEDED:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, extra)
-    with rundir.RunDir(options.out) as folder:
-        target = _with_machine(folder, target)
-        _check_mode(target, options.mode)
+    _check_mode(target, options.mode)
+    with (
+        rundir.RunDir(options.out) as folder,
+        device_loop.connect(
+            options.device,
+            folder,
+            target,
+            mode=options.mode,
+            ssh_config=options.ssh_config,
+            python=options.device_python,
+            llama_bench=options.llama_bench,
+            keep=options.keep_remote,
+            sustained_s=options.sustained_s,
+            say=progress.say,
+        ) as device,
+    ):
+        if device.local or not target.local:
+            target = _with_machine(folder, target)
         budget = budgets.resolve_budget(
             target,
             profile,
@@ -127,6 +150,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             parent=parent,
             quantizations=quantizations,
             progress=progress,
+            device=device,
         )
         candidates, chosen, context = job.work(metric, metric_options)
         report = report_build.build(
@@ -172,8 +196,13 @@ def _check_recipe(profile: Profile, quantizations: tuple[str, ...]) -> None:
     """Refuse names in a profile that no plug-in has, before the slow part."""
     for name in quantizations:
         check_quantization(name)
+    refine.check_compensation(profile.recipe.compensation)
     for name in profile.recipe.allocators:
-        planner.check_allocator(name)
+        if planner.load_allocator(name).measures:
+            raise ConfigError(
+                f"the {name} allocator runs the model many times for each plan, and this job makes dozens",
+                "use sensitivity here, or search with 'edgeprune prune'",
+            )
     for name in profile.recipe.formats:
         registry.load("exporters", name, "EXPORTER")
 
@@ -194,6 +223,12 @@ class _Job:
     parent: Parent
     quantizations: tuple[str, ...]
     progress: Progress
+    device: device_loop.DeviceBench
+
+    @property
+    def on_target(self) -> bool:
+        """Measurements are the target's own."""
+        return self.target.local or not self.device.local
 
     def work(
         self, metric: Any, metric_options: dict[str, str]
@@ -222,8 +257,13 @@ class _Job:
             *((recipe.calibration_samples, recipe.calibration_tokens, seed) for seed in seeds),
             (recipe.eval_samples, recipe.eval_tokens, held_out),
         )
+        refined = recipe.compensation != "none" or any(
+            planner.load_allocator(name).curves for name in recipe.allocators
+        )
+        solved_on = (recipe.compensation_samples, recipe.compensation_tokens, options.seed + TEXT_SEED_OFFSET)
         written = options.calibration is None and options.eval_text is None
-        tokens = prepare.Tokens(self.folder, self.parent, self.progress, together=wanted if written else ())
+        together = (*wanted, solved_on) if refined else wanted
+        tokens = prepare.Tokens(self.folder, self.parent, self.progress, together=together if written else ())
         drawn = [
             tokens.get(options.calibration, n_samples=n, n_tokens=t, seed=seed) for n, t, seed in wanted[:-1]
         ]
@@ -247,7 +287,21 @@ class _Job:
         space = dataclasses.replace(
             space, scores=scores, poolable=scores_record.poolable, scores_key=scores_record.key
         )
+        text = None
+        if refined:
+            samples, length, seed = solved_on
+            text = refine.text_for(
+                tokens, self.parent, options.calibration, samples=samples, length=length, seed=seed
+            )
+            if any(planner.load_allocator(name).curves for name in recipe.allocators):
+                space = refine.with_curves(
+                    *(self.folder, self.parent, space, text),
+                    compensated=recipe.compensation == "ridge",
+                    measures=False,
+                    progress=self.progress,
+                )
         ladder = costing.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
+        ladder = self._compensated(ladder, text)
         most = options.max_candidates or recipe.max_measured
         given = self._given_lane(ladder.plans[0], cost)
         planned = planner.lanes(
@@ -263,18 +317,21 @@ class _Job:
             eval_windows=eval_windows,
             threads=options.threads or local.available_threads(),
             protocol=self.profile.bench,
-            device_name=local_name(),
-            measure_speed=self.target.local,
+            device_name=local_name() if self.device.local else self.device.name,
+            device=None if self.device.local else self.device,
+            measure_speed=self.on_target,
             memory_limit=self.budget.memory_bytes.value - self.target.runtime_overhead_bytes,
             flag_choices=cost.flag_choices(),
             bench_threads=options.threads,
+            text=text,
+            progress=self.progress,
         )
         results = self._lanes(shop, planned, ladder.plans[0])
         candidates = [self._candidate(shop, result) for result in results]
         candidates = [
             dataclasses.replace(c, meets=selection.check_limits(self.budget, c)) for c in candidates
         ]
-        chosen = selection.select(self.budget, candidates, self._tie(shop, results))
+        candidates, chosen = self._select(shop, results, candidates)
         candidates = [dataclasses.replace(c, reason=chosen.reasons.get(c.id, c.reason)) for c in candidates]
         self.folder.write(chosen)
         context = {
@@ -288,6 +345,38 @@ class _Job:
             "plans": ladder.plans,
         }
         return candidates, chosen, context
+
+    def _compensated(self, ladder: PlanLadder, text: refine.Text | None) -> PlanLadder:
+        """The same plans under keys that say what their weights are solved on."""
+        kind = self.profile.recipe.compensation
+        if kind == "none" or text is None:
+            return ladder
+        plans = tuple(refine.compensated_plan(plan, kind, text.key) for plan in ladder.plans)
+        return PlanLadder(plans=plans, key=make_key("plan_ladder", [plan.key for plan in plans]))
+
+    def _select(
+        self, shop: lanes.Workshop, results: list[lanes.LaneResult], candidates: list[Candidate]
+    ) -> tuple[list[Candidate], Selection]:
+        """The best candidate that also lives under a hard limit of its budget; one that is killed is out."""
+        while True:
+            chosen = selection.select(self.budget, candidates, self._tie(shop, results))
+            taken = next((c for c in candidates if c.id == chosen.selected), None)
+            if taken is None or taken.artifact is None or taken.measured is None:
+                return candidates, chosen
+            assert taken.measured.flags is not None
+            killed = device_loop.hold(
+                self.device,
+                self.folder.path(taken.artifact.path),
+                sha256=taken.artifact.sha256,
+                flags=taken.measured.flags,
+                limit_bytes=shop.memory_limit,
+                threads=min(shop.threads, self.device.threads()),
+            )
+            if killed is None:
+                return candidates, chosen
+            self.progress.say(f"candidate {taken.id} failed: {killed}")
+            out = dataclasses.replace(taken, error=killed, meets={**taken.meets, "memory": False})
+            candidates = [out if c.id == taken.id else c for c in candidates]
 
     def _cost_model(self) -> costing.CostModel:
         parent = self.parent
@@ -354,7 +443,7 @@ class _Job:
                 prefill = bench.median_tps(timed.n_prompt, timed.prefill_ns)
                 first = 1000 * self.profile.workload.prompt_tokens / prefill
             measured = Measured(
-                on=shop.device_name if self.target.local else f"{shop.device_name} (not the target)",
+                on=shop.device_name if self.on_target else f"{shop.device_name} (not the target)",
                 decode_tps=decode,
                 decode_tps_stdev=spread,
                 noisy=timed is not None and bench.spread(timed) > bench.QUIET_SPREAD,

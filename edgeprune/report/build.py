@@ -66,6 +66,9 @@ def _plan_row(plan: PrunePlan) -> dict[str, Any]:
         "ratio_all": plan.ratio_all,
         "uniform": plan.uniform,
         "layers": [[s.n_heads, s.n_kv_heads, s.n_ff] for s in plan.dims.layers],
+        "compensation": plan.compensation,
+        "steps": plan.steps,
+        "why": dict(plan.why),
     }
 
 

@@ -1,0 +1,93 @@
+"""The main job with measured allocation and compensation, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+from builders import tiny_model_with_tokenizer
+
+PROFILE = """\
+title = "a whole run in seconds"
+[workload]
+prompt_tokens = 64
+new_tokens = 32
+context_tokens = 128
+[recipe]
+metric = "llm-bip"
+allocators = ["sensitivity"]
+calibration_samples = 4
+calibration_tokens = 64
+eval_samples = 4
+eval_tokens = 64
+formats = ["gguf"]
+quantizations = ["F16", "Q4_0"]
+ratios = [0.25]
+max_measured = 3
+compensation = "{compensation}"
+compensation_samples = 8
+compensation_tokens = 64
+[bench]
+prompt_tokens = 32
+new_tokens = 8
+repeats = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_with_tokenizer(
+        tmp_path_factory.mktemp("job") / "tiny", hidden=128, heads=4, kv_heads=2, ff=256, layers=3
+    )
+
+
+def run_job(run_cli: Callable[..., Any], model: Path, folder: Path, kind: str, *more: str) -> dict[str, Any]:
+    profile = folder / f"{kind}.toml"
+    profile.write_text(PROFILE.format(compensation=kind))
+    ran = run_cli(
+        *("--target", "laptop-cpu", "--budget", "100MB", "--model", model, "--profile", profile),
+        *("--out", folder / kind, "--threads", "1", "--format", "json", *more),
+    )
+    assert ran.code == 0, ran.err
+    found: dict[str, Any] = json.loads(ran.out)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ridge", "bias"])
+def test_compensated_candidates_are_verified(
+    run_cli: Callable[..., Any], model: Path, tmp_path: Path, kind: str
+) -> None:
+    report = run_job(run_cli, model, tmp_path, kind)
+    pruned = [c for c in report["candidates"] if c["ratio"] > 0 and c["measured"]]
+    assert pruned
+    for c in pruned:
+        assert c["error"] is None and c["verify"]["passed"]
+        assert c["artifact"]["bytes"] == c["predicted"]["file_bytes"]
+    lines = [row["why"] for row in report["plans"] if row["ratio"] > 0]
+    assert lines and all("KL" in text for why in lines for text in why.values())
+    assert {row["compensation"] for row in report["plans"] if row["ratio"] > 0} == {kind}
+    log = (tmp_path / kind / "log.jsonl").read_text().splitlines()
+    before = sum(json.loads(line)["event"] == "done" for line in log)
+    again = run_job(run_cli, model, tmp_path, kind)
+    assert again["candidates"] == report["candidates"]
+    log = (tmp_path / kind / "log.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["event"] == "done" for line in log) == before
+
+
+def test_search_is_refused(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    ran = run_cli(
+        *("--target", "laptop-cpu", "--budget", "100MB", "--model", model, "--out", tmp_path / "x"),
+        *("--allocator", "search"),
+    )
+    assert ran.code == 2
+    assert "the search allocator runs the model many times for each plan" in ran.err
+    assert not (tmp_path / "x").exists()
