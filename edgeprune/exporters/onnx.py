@@ -44,7 +44,6 @@ GENAI_CONFIG = "genai_config.json"
 PREFILL_CHUNK = 512
 _TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -163,6 +162,23 @@ def client_config(dims: ModelDims, config: Mapping[str, Any], quantization: str)
     return json.dumps(made, indent=1) + "\n"
 
 
+def _tokenizer_config(folder: Path | None) -> dict[str, str]:
+    """tokenizer_config.json, its class by the name that transformers 4 and the other clients know too."""
+    path = None if folder is None else folder / "tokenizer_config.json"
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if isinstance(found, dict) and found.get("tokenizer_class") in (None, "TokenizersBackend"):
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found, dict):
+        # without this transformers 4 makes token types, which the decoder does not take
+        found.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    return {path.name: json.dumps(found, indent=1, ensure_ascii=False) + "\n"}
+
+
 def _generation(folder: Path | None) -> dict[str, Any]:
     path = None if folder is None else folder / "generation_config.json"
     if path is None or not path.is_file():
@@ -202,6 +218,7 @@ class FileCost:
         self.config = config
         self.context = context
         self.generation = _generation(tokenizer_folder)
+        self._tokenizer_config = _tokenizer_config(tokenizer_folder)
         self._constant_bytes = sum(p.stat().st_size for p in _tokenizer_files(tokenizer_folder))
 
     def model(self, dims: ModelDims, quantization: str) -> tuple[Any, Graph]:
@@ -214,6 +231,7 @@ class FileCost:
         return {
             "config.json": client_config(dims, self.config, quantization),
             GENAI_CONFIG: genai_config(dims, self.config, self.generation, quantization, context),
+            **self._tokenizer_config,
         }
 
     def file_bytes(self, dims: ModelDims, quantization: str) -> int:
@@ -313,8 +331,6 @@ class _Weights:
             value = self.tables[f"{block.kind}_{block.sources[0][0]}"]
         elif block.kind in ("packed", "scales"):
             value = self._quantized(block)[0 if block.kind == "packed" else 1]
-            if len(block.shape) == 2:
-                value = value.reshape(len(value), -1)
         else:
             value = self._joined(block.sources)
             if block.kind == "transposed":

@@ -60,13 +60,11 @@ def facts(folder: Path) -> tuple[str, int, int]:
     sizes = {t.name: math.prod(t.dims) for t in model.graph.initializer if t.external_data}
     counted: dict[str, int] = {}
     for node in model.graph.node:
-        at = {a.name: a.i for a in node.attribute}
         if node.op_type == "MatMulNBits":
+            at = {a.name: a.i for a in node.attribute}
             counted[node.input[1]] = at["N"] * at["K"]
-        elif node.op_type == "GatherBlockQuantized" and not node.input[0].endswith("_rows"):
-            counted[node.input[0]] = sizes[node.input[0]] * 8 // at["bits"]
     for name, size in sizes.items():
-        if not name.startswith(("cos_", "sin_")) and not name.endswith((".scales", "_rows")):
+        if not name.startswith(("cos_", "sin_")) and not name.endswith(".scales"):
             counted.setdefault(name, size)
     kind = next((k for k in exporter.QUANTIZATIONS if exporter.model_file(k) == file.name), "of unknown type")
     n_bytes = file.stat().st_size + file.with_name(f"{file.name}_data").stat().st_size
