@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -196,6 +196,10 @@ def _sentencepiece_from_json(root: Path, data: dict[str, Any], size: int | None)
     spaces = [s for s in normal if s.get("type") == "Replace" and s.get("content") == _SPACE]
     meta = [s for s in before if s.get("type") == "Metaspace"]
     odd = [s.get("type") for s in normal if s.get("type") not in ("Replace", "Prepend")]
+    # Gemma cuts at spaces that the normalizer has already replaced: nothing is cut
+    before = [
+        s for s in before if not (spaces and s.get("type") == "Split" and s["pattern"] == {"String": " "})
+    ]
     odd += [s.get("type") for s in before if s.get("type") != "Metaspace"]
     if not model.get("byte_fallback") or not (spaces or meta) or odd:
         what = f": {odd[0]}" if odd else ""
@@ -233,8 +237,54 @@ def _library(name: str, extra: str) -> ModuleType:
         raise MissingExtraError(name, extra) from None
 
 
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of a protobuf message; stops where it is damaged."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while at < len(data):
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        return value
+
+    while at < len(data):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, varint()
+        elif kind in (1, 2, 5):
+            size = varint() if kind == 2 else 8 if kind == 1 else 4
+            yield tag >> 3, data[at : at + size]
+            at += size
+        else:
+            return
+
+
+def _sentencepiece_kind(path: Path) -> int | None:
+    """`trainer_spec.model_type` of a SentencePiece file: 1 unigram, 2 BPE, 3 words, 4 characters."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    for number, spec in _fields(data):
+        if number == 2 and isinstance(spec, bytes):
+            # the field is left out for the format's default, unigram
+            return next((v for n, v in _fields(spec) if n == 3 and isinstance(v, int)), 1)
+    return None
+
+
 def _read_sentencepiece(path: Path) -> tuple[list[str], list[float], list[int], bool]:
     """Pieces, scores, types, and whether a space is put before the text."""
+    if _sentencepiece_kind(path) not in (None, 2):
+        raise UnsupportedModelError(
+            f"{path}: a SentencePiece model that is not BPE", "GGUF's 'llama' tokenizer merges as BPE does"
+        )
     library = _library("sentencepiece", "torch")
     processor = library.SentencePieceProcessor()
     try:

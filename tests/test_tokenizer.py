@@ -159,15 +159,15 @@ def test_add_bos_is_kept(tmp_path: Path) -> None:
     assert values(tokenizer.kvs_from_hf(tmp_path / "back"))["add_bos_token"] is True
 
 
-def train_sentencepiece(folder: Path) -> Path:
+def train_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
     import sentencepiece
 
     folder.mkdir(exist_ok=True)
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CORPUS * 4),
         model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=460,
+        model_type=kind,
+        vocab_size=460 if kind == "bpe" else 350,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity",
@@ -204,6 +204,62 @@ def test_sentencepiece_both_ways(tmp_path: Path) -> None:
     again = tokenizer.kvs_from_hf(tmp_path / "back")
     assert values(again)["tokens"] == found["tokens"] and values(again)["token_type"] == found["token_type"]
     assert llama_ids(again, tmp_path / "b.gguf", NASTY) == llama_ids(kvs, tmp_path / "c.gguf", NASTY)
+
+
+def test_unigram_is_refused(tmp_path: Path) -> None:
+    """Merged as BPE, its ids would be other ones without a word."""
+    folder = train_sentencepiece(tmp_path / "sp", "unigram")
+    with pytest.raises(UnsupportedModelError, match="not BPE"):
+        tokenizer.kvs_from_hf(folder)
+
+
+def train_json_bpe(folder: Path, style: str) -> Path:
+    """BPE with byte fallback that is a tokenizer.json alone, as Llama 2 or Gemma have it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    in_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    replace = normalizers.Replace(" ", "\u2581")
+    prefix = [normalizers.Prepend("\u2581")] if style == "llama" else []
+    tok.normalizer = normalizers.Sequence([*prefix, replace]) if prefix else replace
+    if style == "gemma":
+        tok.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*special, *in_bytes], limit_alphabet=70, show_progress=False
+    )
+    tok.train_from_iterator(CORPUS * 4, trainer)
+    tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    if style == "gemma":
+        tok.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("\t\t", normalized=False)])
+    folder.mkdir(exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    # the trainer needs them special to get their ids; in a real file they are ordinary pieces
+    data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].startswith("<0x")]
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"})
+    )
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 640, "model_type": style}))
+    return folder
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma"])
+def test_byte_fallback_from_json_alone(tmp_path: Path, style: str) -> None:
+    folder = train_json_bpe(tmp_path / "hf", style)
+    kvs = tokenizer.kvs_from_hf(folder)
+    found = values(kvs)
+    assert found["model"] == "llama" and found["add_space_prefix"] is (style == "llama")
+    kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
+    assert (kinds["<0x41>"], kinds["<unk>"], kinds["<|im_end|>"]) == (6, 2, 3)
+    same_as_llama(folder, kvs, tmp_path / "a.gguf")
+    tokenizer.write_hf(kvs, tmp_path / "back")
+    for text in NASTY:
+        assert tokenizer.encode(tmp_path / "back", text) == tokenizer.encode(folder, text), text
 
 
 def test_sentencepiece_with_config_takes_special_ids(tmp_path: Path) -> None:
