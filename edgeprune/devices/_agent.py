@@ -99,6 +99,7 @@ def facts(job):
         "system": platform.platform(),
         "python": platform.python_version(),
         "boot_id": _read("/proc/sys/kernel/random/boot_id"),
+        "interpreter_bytes": _peak_rss(),
         "power_mode": _power_mode(),
         "llama_cpp": _module_version("llama_cpp", "llama-cpp-python"),
         "llama_bench": bench if bench and os.access(bench, os.X_OK) else None,
@@ -384,6 +385,7 @@ class _Llama:
         self._log = log
         lib.llama_log_set(log, ctypes.c_void_p(0))
         lib.llama_backend_init()
+        _limit_growth(job.get("rlimit_bytes"))
         flags = job["flags"]
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 999 if job.get("backend") == "gpu" else 0
@@ -452,6 +454,22 @@ def _peak_rss(pid="self"):
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _limit_growth(limit):
+    """Without control groups: let this process's data grow by so much from here.
+
+    Stricter than resident memory, because what is reserved counts before it is touched; files that are
+    mapped do not count at all.
+    """
+    if not limit:
+        return
+    import resource
+
+    for line in (_read("/proc/self/status") or "").splitlines():
+        if line.startswith("VmData:"):
+            limit += int(line.split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _with_library(job):
@@ -585,6 +603,8 @@ def _with_llama_bench(job):
     flags, program = job["flags"], job["llama_bench"]
     threads = job.get("threads") or _threads()
 
+    _limit_growth(job.get("rlimit_bytes"))
+
     def run(n_prompt, n_gen, repeats):
         command = [program, "-m", job["path"], "-p", str(n_prompt), "-n", str(n_gen), "-r", str(repeats)]
         command += ["-t", str(threads), "-ub", str(flags["ubatch"]), "-ctk", flags["kv_type"]]
@@ -666,23 +686,18 @@ def measure(job, life):
     out = os.path.join(job["folder"], "result.json")
     with contextlib.suppress(OSError):
         os.unlink(out)
-    work = dict(job, out=out)
+    limit = job.get("memory_limit_bytes")
+    group = _memory_group(limit) if limit and job.get("limit_by") != "rlimit" else None
+    work = dict(job, out=out, rlimit_bytes=limit if group is None else None)
     file = os.path.join(job["folder"], "job.json")
     with open(file, "w", encoding="utf-8") as f:
         json.dump(work, f)
     available = _available()
     env = dict(os.environ, LC_ALL="C")
     env.pop("OMP_WAIT_POLICY", None)
-    limit = job.get("memory_limit_bytes")
-    group = _memory_group(limit) if limit and job.get("limit_by") != "rlimit" else None
 
     def prepare():
         os.setsid()
-        if limit and group is None:
-            import resource
-
-            # without control groups: data and anonymous maps count, files that are mapped do not
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         if group is not None:
             with open(os.path.join(group, "cgroup.procs"), "w") as f:
                 f.write(str(os.getpid()))

@@ -56,7 +56,8 @@ class Session:
         self.transport = transport
         self.facts: dict[str, Any] = {}
         self._name, self._python, self._llama_bench = name, python, llama_bench
-        self._keep, self._waits, self._silence, self._say = keep, waits_s, silence_s, say
+        self.keep = keep
+        self._waits, self._silence, self._say = waits_s, silence_s, say
         self._folder: str | None = None
         self._reached = False
 
@@ -125,7 +126,7 @@ class Session:
 
     def close(self) -> None:
         """Remove the work folder, once; a device that is gone keeps it until the next run there ends."""
-        if not self._reached or self._keep:
+        if not self._reached or self.keep:
             return
         self._reached = False
         # the parent goes too when no other run is using it
