@@ -262,7 +262,9 @@ def test_missing_tensor_and_unknown_architecture(tmp_path: Path) -> None:
     rename(path, "llama", "mamba")
     with pytest.raises(UnsupportedModelError, match="'mamba' is not supported") as caught:
         GgufSource(path)
-    assert caught.value.hint == "known architectures: gemma3, llama, deci, phi3, qwen2, qwen3, openelm, smollm3"
+    assert (
+        caught.value.hint == "known architectures: gemma3, llama, deci, phi3, qwen2, qwen3, openelm, smollm3"
+    )
 
 
 def test_wrong_shape_is_named(tmp_path: Path) -> None:
