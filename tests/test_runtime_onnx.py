@@ -167,3 +167,20 @@ def test_bench_takes_a_folder(run_cli: Callable[..., Any], exported: Path) -> No
     assert decode["avg_ts"] > 0 and decode["peak_memory_bytes"] > 0
     empty = run_cli("bench", exported.parent)
     assert empty.code == 2 and "holds no onnx/*.onnx" in empty.err
+
+
+def test_importance_changes_the_rounding_only(run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    builders.tiny_model_with_tokenizer(tmp_path / "hf", context=128)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog again and again " * 60)
+    given = ("export", tmp_path / "hf", "--format", "onnx", "--no-verify", "--threads", "1")
+    assert run_cli(*given, "--out", tmp_path / "plain").code == 0
+    done = run_cli(*given, "--imatrix-calibration", text, "--out", tmp_path / "weighed")
+    assert done.code == 0, done.err
+    assert "int4 with importance matrix" in done.out
+    plain, weighed = (
+        {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
+        for n in ("plain", "weighed")
+    )
+    assert plain.keys() == weighed.keys()
+    assert [str(p) for p in plain if plain[p] != weighed[p]] == ["onnx/model_q4.onnx_data"]
