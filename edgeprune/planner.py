@@ -136,8 +136,11 @@ def plan_ratio(
 
     Raises InfeasibleError with the highest reachable ratio, ConfigError for a ratio outside 0 … 1.
     """
-    found = widths_for(space, allocator, ratio)
-    plan = make_plan(space, allocator, ratio, found if widths is None else widths)
+    if widths is None:
+        widths = widths_for(space, allocator, ratio)
+    else:
+        check_ratio(space, allocator, ratio)
+    plan = make_plan(space, allocator, ratio, widths)
     if abs(plan.ratio - ratio) > tolerance:
         return dataclasses.replace(plan, binding="widths that the export can load")
     return plan

@@ -32,6 +32,7 @@ from edgeprune.progress import Progress, Silent
 from edgeprune.records import Axis, ModelGraph
 
 RIDGES = (0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal that are tried
+_KEPT_BYTES = 384 << 20  # of activations that are kept rather than computed again
 HELD_OUT = 8  # one window in this many chooses the ridge
 
 _ROLE = {"kv": "o", "ffn": "down"}
@@ -197,6 +198,8 @@ class Walk:
         ids = torch.from_numpy(np.ascontiguousarray(windows)).long()
         self.stream = self._layers.embed(source, ids)  # [N, T, d]
         self._batch = max(1, batch_tokens // windows.shape[1])
+        # stream and inputs of down_proj of this layer, batch by batch, while they are still true
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def batches(self, n: int | None = None) -> list[slice]:
         rows = len(self.stream) if n is None else n
@@ -208,8 +211,16 @@ class Walk:
             return self._layers.run(index, layer, x).float()
 
     def move(self, index: int, layer: nn.Module) -> None:
-        for part in self.batches():
-            self.stream[part] = self.run(index, layer, self.stream[part].clone())
+        """The stream becomes the layer's output."""
+        down = self.matrix(layer, "ffn") if self._seen else None
+        for i, part in enumerate(self.batches()):
+            if down is None:
+                self.stream[part] = self.run(index, layer, self.stream[part].clone())
+                continue
+            between, x = self._seen[i]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._half):
+                self.stream[part] = between + down(x).float()
+        self._seen = []
         if not bool(torch.isfinite(self.stream).all()):
             raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
 
@@ -228,16 +239,20 @@ class Walk:
         norm = checkpoint.role_module(layer, self._family, _NORM[unit])
         hooks = [norm.register_forward_pre_hook(see_norm), role.register_forward_pre_hook(see_input)]
         fit, held = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+        size = self.stream[..., 0].numel() * (n + self.stream.shape[-1]) * (2 if self._half else 4)
+        # with a norm behind down_proj the rest of the layer is more than one product and one sum
+        keep = unit == "ffn" and "ffn_post_norm" not in self._family.roles and size <= _KEPT_BYTES
+        self._seen = []
         try:
             for part in self.batches():
                 with contextlib.suppress(_Reached):
                     self.run(index, layer, self.stream[part].clone())
+                if keep:
+                    self._seen.append((seen["stream"].clone(), seen["x"].clone()))
                 x = seen["x"].float()
                 if self._weighted:
-                    x = (
-                        x
-                        * seen["stream"].float().square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
-                    )
+                    per_token = seen["stream"].float().square().mean(dim=-1, keepdim=True)
+                    x = x * per_token.clamp_min(1e-12).rsqrt()
                 rows = torch.arange(part.start, part.start + len(x)) % HELD_OUT == HELD_OUT - 1
                 for gram, chosen in ((held, rows), (fit, ~rows)):
                     if bool(chosen.any()):
@@ -277,56 +292,6 @@ def set_columns_(module: Any, columns: torch.Tensor, new: torch.Tensor) -> None:
     whole = torch.zeros_like(module.weight)
     whole[:, columns] = new.T.to(whole.dtype)
     module.weight = nn.Parameter(whole, requires_grad=False)
-
-
-def least_change(width: Mapping[str, int], ridge: float = 0.01, block: int = 16) -> Choose:
-    """Units whose removal, with the others making up for it, changes the matrix's output least; greedily.
-
-    The quadratic form of Optimal Brain Surgeon: of W [in, out] and H = G + lambda I, leaving out the columns
-    of unit u costs W_u' (H^-1_uu)^-1 W_u, the others then change by H^-1_ru (H^-1_uu)^-1 W_u.
-    """
-
-    def choose(axis: Axis, gram: torch.Tensor, weight: torch.Tensor) -> Sequence[int]:
-        return surgeon(gram, weight, axis.n_units, width.get(axis.name, axis.n_units), ridge, block)
-
-    return choose
-
-
-def surgeon(
-    gram: torch.Tensor, weight: torch.Tensor, n_units: int, keep: int, ridge: float, block: int
-) -> list[int]:
-    """Sorted units that stay; a unit is `in / n_units` neighbouring columns, `block` leave at a time."""
-    each = len(gram) // n_units
-    left = weight.double().clone()
-    damped = gram.double().clone()
-    damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(1e-30))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    alive = torch.ones(n_units, dtype=torch.bool)
-    gone = n_units - keep
-    while gone > 0:
-        if each == 1:
-            costs = left.square().sum(dim=1) / inverse.diagonal()
-        else:
-            costs = torch.stack(
-                [_cost(left, inverse, slice(u * each, (u + 1) * each)) for u in range(n_units)]
-            )
-        costs[~alive] = torch.inf
-        leave = torch.topk(costs, min(block if each == 1 else 1, gone), largest=False).indices
-        alive[leave] = False
-        gone -= len(leave)
-        columns = (leave[:, None] * each + torch.arange(each)).reshape(-1)
-        beside = inverse[:, columns].clone()
-        share = torch.linalg.solve(beside[columns], beside.T).T  # H^-1_ru (H^-1_uu)^-1
-        left -= share @ left[columns].clone()
-        inverse -= share @ beside.T
-    return torch.nonzero(alive)[:, 0].tolist()
-
-
-def _cost(left: torch.Tensor, inverse: torch.Tensor, own: slice) -> torch.Tensor:
-    part = inverse[own, own]
-    if not bool(part.diagonal().gt(0).all()):
-        return torch.tensor(torch.inf, dtype=torch.float64)
-    return (left[own] * torch.linalg.solve(part, left[own])).sum()
 
 
 def half_is_fast() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -98,43 +97,6 @@ def test_held_out_windows_choose_the_ridge() -> None:
     assert reconstruction.best_ridge(held, held, weight, kept, ridges) == 1e-6
     nothing = torch.zeros(10, 10, dtype=torch.float64)
     assert reconstruction.best_ridge(fit, nothing, weight, kept, ridges) == 0.1
-
-
-def test_the_surgeon_finds_the_best_set() -> None:
-    for seed in range(5):
-        x, weight = problem(n=7, seed=seed)
-        gram = x.T @ x
-        kept = reconstruction.surgeon(gram, weight, 7, 6, 1e-9, 1)
-        left = {
-            gone: reconstruction.error(
-                gram, weight, k := torch.tensor([i for i in range(7) if i != gone]),
-                reconstruction.solve(gram, weight, k, 1e-9),
-            )
-            for gone in range(7)
-        }  # fmt: skip
-        assert set(range(7)) - set(kept) == {min(left, key=lambda g: left[g])}
-
-
-def test_the_surgeon_sees_what_scores_cannot() -> None:
-    x, weight = problem(n=8)
-    # two large inputs that say the same, each the largest by norm: one of them is free
-    x[:, 1] = x[:, 0]
-    x[:, :2] *= 20
-    kept = reconstruction.surgeon(x.T @ x, weight, 8, 7, 1e-6, 1)
-    assert set(range(8)) - set(kept) <= {0, 1}
-
-
-def test_groups_leave_as_one() -> None:
-    x, weight = problem(n=12, rows=200)
-    gram = x.T @ x
-    for keep in (1, 2, 3):
-        kept = reconstruction.surgeon(gram, weight, 4, keep, 1e-9, 16)
-        assert len(kept) == keep and kept == sorted(kept)
-    errors = {}
-    for pair in itertools.combinations(range(4), 3):
-        k = torch.tensor([3 * g + i for g in pair for i in range(3)])
-        errors[pair] = reconstruction.error(gram, weight, k, reconstruction.solve(gram, weight, k, 1e-9))
-    assert tuple(reconstruction.surgeon(gram, weight, 4, 3, 1e-9, 16)) == min(errors, key=lambda p: errors[p])
 
 
 # ---------------------------------------------------------------- on models

@@ -35,6 +35,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prune(model: Path, out: Path, text: Path, *more: str) -> dict[str, Any]:
     args = ["prune", str(model), "--out", str(out), "--calibration", str(text), "--samples", "8"]
+    if "--allocator" not in more:
+        args += ["--allocator", "uniform"]
+    if "--compensation" not in more:
+        args += ["--compensation", "none"]
     args += ["--length", "32", "--width-multiple", "8", "--compensation-samples", "8", "--format", "json"]
     done = CliRunner().invoke(cli, [*args, *more], obj=(), catch_exceptions=False)
     assert done.exit_code == 0, done.output

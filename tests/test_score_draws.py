@@ -25,6 +25,8 @@ from edgeprune.progress import Silent
 from edgeprune.records import PrunePlan, loads
 
 SMALL = ("--samples", "4", "--length", "24")
+# the metric alone, nothing around it
+PLAIN = ("--allocator", "uniform", "--compensation", "none")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_prune_scores_on_the_pruned_layers(
     out = tmp_path / "out"
     # wanda-sp is sequential by default
     switch = () if name == "wanda-sp" else ("--metric-option", option)
-    args = ("prune", model, "--metric", name, *switch, "--ratio", "0.4", "--width-multiple", "8")
+    args = ("prune", model, "--metric", name, *switch, "--ratio", "0.4", "--width-multiple", "8", *PLAIN)
     assert run_cli(*args, "--calibration", text, *SMALL, "--protect-first", "1", "--out", out).code == 0
     source, built = opened(model)
     metric: Metric = registry.load("metrics", name, "METRIC")
@@ -112,7 +114,7 @@ def test_prune_scores_on_the_pruned_layers(
     # the dense model's statistics choose other channels
     dense = tmp_path / "dense"
     off = ("--metric-option", "sequential=no")
-    args = ("prune", model, "--metric", name, *off, "--ratio", "0.4", "--width-multiple", "8")
+    args = ("prune", model, "--metric", name, *off, "--ratio", "0.4", "--width-multiple", "8", *PLAIN)
     assert run_cli(*args, "--calibration", text, *SMALL, "--protect-first", "1", "--out", dense).code == 0
     assert plan_in(dense).kept != plan.kept
     assert plan_in(dense).dims == plan.dims
@@ -122,6 +124,7 @@ def test_sequential_with_one_threshold_for_all_layers(
     run_cli: Callable[..., Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
     base = ("--metric-option", "form=C", "--ratio", "0.4", "--allocator", "global", "--width-multiple", "8")
+    base = (*base, "--compensation", "none")
     rest = ("--calibration", text, *SMALL)
     assert run_cli("prune", model, *base, *rest, "--out", tmp_path / "dense").code == 0
     ran = run_cli(
@@ -209,7 +212,7 @@ def test_poolable_scores_keep_their_scale(
 
 
 def test_prune_over_seeds(run_cli: Callable[..., Any], model: Path, text: Path, tmp_path: Path) -> None:
-    base = ("--ratio", "0.3", "--width-multiple", "8", "--calibration", text, *SMALL)
+    base = ("--ratio", "0.3", "--width-multiple", "8", *PLAIN, "--calibration", text, *SMALL)
     ran = run_cli(
         *("prune", model, *base, "--calibration-seeds", "2", "--format", "json", "--out", tmp_path / "p")
     )

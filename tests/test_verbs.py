@@ -50,6 +50,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# the metric alone, nothing around it
+PLAIN = ("--allocator", "uniform", "--compensation", "none")
+
+
 def asked(text: Path, *more: str | Path) -> tuple[str | Path, ...]:
     """Options of a small calibration, and more."""
     return ("--calibration", text, "--samples", "4", "--length", "32", *more)
@@ -114,7 +118,7 @@ def test_prune(run_cli: Callable[..., Any], model: Path, text: Path, tmp_path: P
     ran = run_cli(
         *("prune", model, "--metric", "llm-bip", "--ratio", "0.2", "--allocator", "uniform"),
         *("--calibration", text, "--samples", "10", "--length", "32", "--seed", "0", "--width-multiple", "1"),
-        *("--out", out),
+        *("--compensation", "none", "--out", out),
     )
     assert ran.code == 0
     # a fifth of a layer is 7398.4 parameters: 38.5 channels of 192, so 89 stay and 39 go
@@ -150,7 +154,7 @@ def test_prune(run_cli: Callable[..., Any], model: Path, text: Path, tmp_path: P
     # the same again gives the same, and replaces it
     before = (out / "model.safetensors").read_bytes()
     assert run_cli(*("prune", model, "--ratio", "0.2", "--calibration", text, "--samples", "10"),
-                   *("--length", "32", "--width-multiple", "1", "--out", out)).code == 0  # fmt: skip
+                   *("--length", "32", "--width-multiple", "1", *PLAIN, "--out", out)).code == 0  # fmt: skip
     assert (out / "model.safetensors").read_bytes() == before
 
 
@@ -171,7 +175,18 @@ def test_prune_per_layer_and_protected(
     out = tmp_path / "out"
     ran = run_cli(
         *("prune", model, "--metric-option", "form=C", "--ratio", "0.25", "--allocator", "global"),
-        *("--width-multiple", "8", "--protect-first", "1", "--out", out, "--format", "json"),
+        *(
+            "--compensation",
+            "none",
+            "--width-multiple",
+            "8",
+            "--protect-first",
+            "1",
+            "--out",
+            out,
+            "--format",
+            "json",
+        ),
         *asked(text),
     )
     assert ran.code == 0
@@ -192,7 +207,9 @@ def test_prune_a_gguf(run_cli: Callable[..., Any], model: Path, text: Path, tmp_
         run_cli("export", model, "--quantization", "F16", "--out", tmp_path / "m.gguf", "--no-verify").code
         == 0
     )
-    ran = run_cli("prune", tmp_path / "m.gguf", "--ratio", "0.3", "--out", tmp_path / "out", *asked(text))
+    ran = run_cli(
+        *("prune", tmp_path / "m.gguf", "--ratio", "0.3", "--out", tmp_path / "out"), *PLAIN, *asked(text)
+    )
     assert ran.code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out"]
     # 11,097.6 of a layer: 57.8 channels, the nearest multiple of 32 leaves 64
@@ -244,7 +261,8 @@ def test_plan_equals_what_prune_does(
 ) -> None:
     wanted = ("--ratio", "0.4", "--protect-last", "1", "--width-multiple", "16")
     assert run_cli("plan", model, "--scores", scores, *wanted, "--out", tmp_path / "plan.json").code == 0
-    args = ("prune", model, "--metric-option", "form=C", *wanted, "--out", tmp_path / "out", *asked(text))
+    args = ("prune", model, "--metric-option", "form=C", *wanted, *PLAIN, "--out", tmp_path / "out")
+    args = (*args, *asked(text))
     assert run_cli(*args).code == 0
     planned = loads(PrunePlan, (tmp_path / "plan.json").read_text())
     done = loads(PrunePlan, (tmp_path / "out" / "edgeprune_plan.json").read_text())
@@ -467,7 +485,12 @@ def test_unknown_names(run_cli: Callable[..., Any], model: Path, tmp_path: Path)
     ran = run_cli("prune", model, "--metric", "llm-bop", "--ratio", "0.2", *out)
     fails(ran, 2, "unknown metric 'llm-bop' (did you mean 'llm-bip'?)")
     ran = run_cli("prune", model, "--allocator", "unifrom", "--ratio", "0.2", *out)
-    fails(ran, 2, "unknown allocator 'unifrom' (did you mean 'uniform'?)", hint="known: global, search, sensitivity, uniform")
+    fails(
+        ran,
+        2,
+        "unknown allocator 'unifrom' (did you mean 'uniform'?)",
+        hint="known: global, search, sensitivity, uniform",
+    )
     ran = run_cli("prune", model, "--metric-option", "form=D", "--ratio", "0.2", *out)
     fails(ran, 2, "metric llm-bip: form=D is not one of A, B, C")
     ran = run_cli("prune", model, "--metric-option", "form", "--ratio", "0.2", *out)
@@ -623,7 +646,7 @@ def test_out_that_exists(run_cli: Callable[..., Any], model: Path, text: Path, t
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.txt").write_text("years of work")
-    args = ("prune", model, "--metric", "magnitude", "--ratio", "0.2")
+    args = ("prune", model, "--metric", "magnitude", "--ratio", "0.2", *PLAIN)
     ran = run_cli(*args, "--out", taken)
     fails(
         ran,
@@ -635,7 +658,15 @@ def test_out_that_exists(run_cli: Callable[..., Any], model: Path, text: Path, t
     assert (taken / "thesis.txt").read_text() == "years of work"
     assert run_cli(*args, "--out", tmp_path / "out").code == 0
     again = run_cli(
-        "prune", tmp_path / "out", "--metric", "magnitude", "--ratio", "0.2", "--out", tmp_path / "out"
+        "prune",
+        tmp_path / "out",
+        "--metric",
+        "magnitude",
+        "--ratio",
+        "0.2",
+        *PLAIN,
+        "--out",
+        tmp_path / "out",
     )
     fails(again, 2, f"--out {tmp_path / 'out'} is the model itself", hint="name a new folder")
     fails(run_cli("export", model, "--out", taken), 2, "--out 'taken' must end in .gguf")
@@ -653,7 +684,7 @@ def test_out_that_exists(run_cli: Callable[..., Any], model: Path, text: Path, t
 def test_unwritable_folder(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
-    ran = run_cli("prune", model, "--metric", "magnitude", "--ratio", "0.2", "--out", locked / "out")
+    ran = run_cli("prune", model, "--metric", "magnitude", "--ratio", "0.2", *PLAIN, "--out", locked / "out")
     fails(
         ran, 2, f"cannot write {locked / 'out'}: Permission denied", hint="choose another folder with --out"
     )

@@ -86,8 +86,20 @@ def calibration_options(command: F) -> F:
     return command
 
 
+def allocator_option(default: str) -> Callable[[F], F]:
+    """Add --allocator."""
+    return click.option(
+        "--allocator",
+        metavar="NAME",
+        default=default,
+        show_default=True,
+        help="uniform: same widths in every layer; global: one threshold over all layers; sensitivity: "
+        "least summed KL, measured per axis; search: that, refined by measured KL.",
+    )
+
+
 def cut_options(command: F) -> F:
-    """Add --allocator, --protect-first, --protect-last and --width-multiple."""
+    """Add --protect-first, --protect-last and --width-multiple."""
     for decorate in (
         click.option(
             "--width-multiple",
@@ -110,14 +122,6 @@ def cut_options(command: F) -> F:
             default=0,
             metavar="N",
             help="Leave the first N layers whole.",
-        ),
-        click.option(
-            "--allocator",
-            metavar="NAME",
-            default="uniform",
-            show_default=True,
-            help="uniform: same widths in every layer; global: one threshold over all layers; sensitivity: "
-            "least summed KL, measured per axis; search: that, refined by measured KL.",
         ),
     ):
         command = decorate(command)
@@ -147,7 +151,7 @@ def refine_options(command: F) -> F:
         click.option(
             "--compensation",
             type=click.Choice(["ridge", "bias", "none"]),
-            default="none",
+            default="ridge",
             show_default=True,
             help="ridge: solve the output matrices anew on what stays; bias: add biases that give back "
             "the mean, where the runtime has a place for them.",

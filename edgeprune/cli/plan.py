@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeprune.cli._options import cut_options, model_argument, out_option
+from edgeprune.cli._options import allocator_option, cut_options, model_argument, out_option
 from edgeprune.cli._output import format_option
 from edgeprune.errors import ConfigError
 from edgeprune.units import parse_bytes
@@ -39,6 +39,7 @@ from edgeprune.units import parse_bytes
     show_default=True,
     help="Device whose memory is predicted.",
 )
+@allocator_option("uniform")
 @cut_options
 @out_option("PLAN.json", "Where the plan goes.")
 @format_option

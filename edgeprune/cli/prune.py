@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edgeprune.cli._options import (
+    allocator_option,
     calibration_options,
     cut_options,
     given_on_command_line,
@@ -51,6 +52,7 @@ _DECIDED = (
     metavar="PLAN.json",
     help="Instead: cut along a plan of 'edgeprune plan'.",
 )
+@allocator_option("sensitivity")
 @cut_options
 @refine_options
 @calibration_options
@@ -87,7 +89,7 @@ def command(
     \b
     Examples:
       edgeprune prune ./my-model --metric llm-bip --ratio 0.2 --out pruned
-      edgeprune prune ./my-model --ratio 0.2 --allocator sensitivity --compensation ridge --out pruned
+      edgeprune prune ./my-model --ratio 0.2 --calibration text.txt --allocator uniform --out pruned
       edgeprune prune ./my-model --plan plan.json --out pruned
     """
     if (ratio is None) == (plan_file is None):

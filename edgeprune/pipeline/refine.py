@@ -36,6 +36,7 @@ from edgeprune.records import Artifact, ModelGraph, PrunePlan, TokenSet, make_ke
 
 COMPENSATIONS = ("none", "ridge", "bias")
 WINDOW = 512  # tokens of a compensation window
+WRITTEN_WINDOW = 256  # when the model has to write the text itself
 PROBE_WINDOWS = 12  # of them give the second moments behind the curves
 JUDGED_WINDOWS = 2  # of those give their KL
 
@@ -59,8 +60,9 @@ def text_for(
     """Compensation wants far more text than scores: `samples` windows, or as many as a given text has."""
     length = min(length, parent.graph.dims.max_context)
     if text is not None:
-        available = len(tokenizer.encode(parent.folder, data.read_text(text))) // length
-        samples = max(1, min(samples, available))
+        n_tokens = len(tokenizer.encode(parent.folder, data.read_text(text)))
+        length = max(2, min(length, n_tokens // 8))  # a short text in shorter windows, not in one
+        samples = max(1, min(samples, n_tokens // length))
     record: TokenSet
     record, windows = tokens.get(text, n_samples=samples, n_tokens=length, seed=seed)
     return Text(windows=windows, key=record.key)
@@ -213,7 +215,7 @@ def source_of(
     """The weights of a plan, made up for as the plan says."""
     if not plan.kept:
         return parent.source
-    if plan.compensation == "none":
+    if plan.compensation == "none" or not plan.kept:
         return surgery.PrunedSource(parent.source, parent.graph, plan.kept)
     assert text is not None
     if plan.compensation == "ridge":

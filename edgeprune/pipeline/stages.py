@@ -235,29 +235,35 @@ def prune(
             compensation.compensated_dims(parent.graph.dims)
         if cut.steps > 1 and is_sequential(options):
             raise ConfigError(f"{metric.name} sequential=yes scores in one pass", "use --steps 1")
-        allocator = planner.load_allocator(cut.allocator)
-        widths = None
-        if is_sequential(options):
-            widths = _widths_in_order(run, parent, metric, options, on, cut, space, progress)
-        _, record, values = _scores(run, parent, metric, options, on, progress, widths)
-        space = dataclasses.replace(space, scores=values, poolable=record.poolable, scores_key=record.key)
         tokens = prepare.Tokens(run, parent, progress)
         text = None
-        if cut.compensation != "none" or allocator.curves:
+        curves = planner.load_allocator(cut.allocator).curves
+        if cut.ratio > 0 and (cut.compensation != "none" or curves):
             text = refine.text_for(
                 *(tokens, parent, on.text),
                 samples=cut.compensation_samples,
-                length=refine.WINDOW,
+                length=refine.WINDOW if on.text is not None else refine.WRITTEN_WINDOW,
                 seed=on.seed,
             )
-        if allocator.curves:
-            assert text is not None
-            space = refine.with_curves(
-                *(run, parent, space, text),
-                compensated=cut.compensation == "ridge",
-                measures=allocator.measures,
-                progress=progress,
-            )
+        widths = None
+        if is_sequential(options):
+            # how much goes has to be known while scores are made
+            first = space
+            if cut.allocator != "uniform":
+                progress.say(
+                    f"{metric.name} sequential=yes: widths from the dense model's scores, "
+                    "units from the pruned one's"
+                )
+                dense = {**options, "sequential": "no"}
+                _, known, values = _scores(run, parent, metric, dense, on, progress)
+                first = dataclasses.replace(space, scores=values, scores_key=known.key)
+                first = _measured(run, parent, first, cut, text, progress)
+            widths = planner.widths_for(first, cut.allocator, cut.ratio)
+            space = dataclasses.replace(first, scores=space.scores)
+        _, record, values = _scores(run, parent, metric, options, on, progress, widths)
+        space = dataclasses.replace(space, scores=values, poolable=record.poolable, scores_key=record.key)
+        if widths is None:
+            space = _measured(run, parent, space, cut, text, progress)
         plan = planner.plan_ratio(space, cut.allocator, cut.ratio, widths=widths)
         if cut.steps > 1 and plan.kept:
             plan = _in_steps(run, parent, space, plan, metric, options, on, cut, tokens, text, progress)
@@ -299,25 +305,24 @@ def _in_steps(
     return dataclasses.replace(made, steps=cut.steps, binding=plan.binding)
 
 
-def _widths_in_order(
+def _measured(
     run: rundir.RunDir,
     parent: Parent,
-    metric: Metric,
-    options: dict[str, str],
-    on: Calibration,
-    cut: Cut,
     space: PlanSpace,
+    cut: Cut,
+    text: refine.Text | None,
     progress: Progress,
-) -> dict[str, int]:
-    """Widths to cut to while scoring. A pooling allocator takes them from the dense model's scores."""
-    if cut.allocator != "uniform":
-        progress.say(
-            f"{metric.name} sequential=yes: widths from the dense model's scores, units from the pruned one's"
-        )
-        dense = {**options, "sequential": "no"}
-        _, _, values = _scores(run, parent, metric, dense, on, progress)
-        space = dataclasses.replace(space, scores=values)
-    return planner.widths_for(space, cut.allocator, cut.ratio)
+) -> PlanSpace:
+    """The space with damage curves, where the allocator wants them."""
+    allocator = planner.load_allocator(cut.allocator)
+    if not allocator.curves or text is None:
+        return space
+    return refine.with_curves(
+        *(run, parent, space, text),
+        compensated=cut.compensation == "ridge",
+        measures=allocator.measures,
+        progress=progress,
+    )
 
 
 def prune_to_plan(
