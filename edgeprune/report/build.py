@@ -26,7 +26,10 @@ from edgeprune.records import (
     to_plain,
 )
 
-_LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "llama-cpp-python", "numpy")
+_LIBRARIES = (
+    *("torch", "transformers", "safetensors", "gguf", "llama-cpp-python", "numpy"),
+    *("onnx", "onnxruntime", "onnxruntime-genai"),
+)
 FILE_NAME = "report.json"
 
 
