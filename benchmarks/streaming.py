@@ -118,6 +118,7 @@ def main() -> None:
             "0.2",
         ]
         command += ["--samples", "8", "--length", "128", "--calibration", str(scratch / "text.txt")]
+        command += ["--allocator", "uniform", "--compensation", "none"]
         command += ["--seed", "0", "--out", str(scratch / "pruned")]
         began = time.monotonic()
         subprocess.run([sys.executable, *command], check=True)

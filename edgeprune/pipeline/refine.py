@@ -37,8 +37,8 @@ from edgeprune.records import Artifact, ModelGraph, PrunePlan, TokenSet, make_ke
 COMPENSATIONS = ("none", "ridge", "bias")
 WINDOW = 512  # tokens of a compensation window
 WRITTEN_WINDOW = 256  # when the model has to write the text itself
-PROBE_WINDOWS = 12  # of them give the second moments behind the curves
-JUDGED_WINDOWS = 2  # of those give their KL
+PROBE_TOKENS = 6144  # behind the second moments of the curves
+JUDGED_TOKENS = 1024  # of these give the curves' KL
 
 
 def check_compensation(name: str) -> None:
@@ -52,6 +52,10 @@ class Text:
 
     windows: np.ndarray
     key: str
+
+    def first(self, n_tokens: int) -> np.ndarray:
+        """The first windows with at least this many tokens, or all."""
+        return self.windows[: -(-n_tokens // self.windows.shape[1])]
 
 
 def text_for(
@@ -110,8 +114,8 @@ def with_curves(
     probe = sensitivity.Probe(
         source=parent.source,
         graph=parent.graph,
-        windows=text.windows[:PROBE_WINDOWS],
-        n_judged=min(JUDGED_WINDOWS, len(text.windows)),
+        windows=text.first(PROBE_TOKENS),
+        n_judged=len(text.first(JUDGED_TOKENS)),
         scores=space.scores,
         folder=moments,
         compensated=compensated,
@@ -221,7 +225,7 @@ def source_of(
     if plan.compensation == "ridge":
         return rebuilt(run, parent, plan, text, progress)
     stats = calibration.collect(
-        parent.source, parent.graph, text.windows[:PROBE_WINDOWS], compensation.NEEDS, progress=progress
+        parent.source, parent.graph, text.first(PROBE_TOKENS), compensation.NEEDS, progress=progress
     )
     return with_biases(parent, plan, stats)
 
