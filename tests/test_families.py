@@ -337,3 +337,78 @@ def test_file_reads_back_as_the_same_model(tmp_path: Path, folders: Callable[[st
         loaded = checkpoint.assemble(AsTorch(), again.dims)
         assert np.abs(logits(loaded, TOKENS) - logits(model, TOKENS)).max() <= 1e-4, shape
         json.dumps(again.config)
+
+
+# ---------------------------------------------------------------- rules of single families
+
+
+def test_multimodal_gemma_counts_as_its_text(tmp_path: Path, folders: Callable[[str], Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    plain = folders("gemma3")
+    config = json.loads((plain / "config.json").read_text())
+    nested = {"model_type": "gemma3", "eos_token_id": [1, 2], "vision_config": {}, "text_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    state = {f"language_model.{n}": t for n, t in load_file(plain / "model.safetensors").items()}
+    state["vision_tower.patch.weight"] = torch.zeros(2, 2)
+    save_file(state, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    expected = logits(checkpoint.load_model(plain), TOKENS)
+    assert np.array_equal(logits(checkpoint.load_model(tmp_path), TOKENS), expected)
+    other = {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    with pytest.raises(UnsupportedModelError, match="'llava' is not supported"):
+        graph.build(other)
+
+
+def test_attention_scale_of_62_layers_is_made_up_for(tmp_path: Path) -> None:
+    """llama.cpp takes such a Gemma for the 27B one and scales by hidden size over heads."""
+    kinds = ["sliding_attention"] * 62
+    folder = builders.tiny_family(tmp_path / "hf", "gemma3", num_hidden_layers=62, layer_types=kinds)
+    model, source, after, family = pruned(folder, {})
+    export(tmp_path / "a.gguf", source, after, family)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = HalfGelu()
+    difference = np.abs(logits(model, TOKENS[:20]) - runtime_logits(tmp_path / "a.gguf", TOKENS[:20]))
+    assert np.median(difference.max(axis=1)) <= 5e-3  # 62 layers of rounding; 1.25 with the scale as it is
+    again = GgufSource(tmp_path / "a.gguf")
+    assert again.config["query_pre_attn_scalar"] == 16 and len(again.config["layer_types"]) == 62
+
+
+def test_layers_of_smollm3_leave_only_by_its_rule(folders: Callable[[str], Path]) -> None:
+    source, found = opened(folders("smollm3"))
+    family = graph.find_family("smollm3")
+    gone: Kept = {"layers.1.kv": (), "layers.1.ffn": ()}
+    dims = graph.prune_dims(found, gone)
+    with pytest.raises(UnsupportedModelError, match="layer 3 would become layer 2, whose rotary embedding"):
+        exporter.tensor_table(family, dims, source.config)
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "context"),
+    [
+        ("mistral", {"sliding_window": 64}, 64),
+        ("phi3", {"sliding_window": 64}, 64),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, 64),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 512),
+        ("gemma3", {"sliding_window": 64}, 512),
+    ],
+)
+def test_context_ends_with_a_window_that_the_runtime_ignores(
+    name: str, over: dict[str, Any], context: int
+) -> None:
+    assert graph.build(builders.family_config(name, **over)).dims.max_context == context
+
+
+@pytest.mark.parametrize(
+    ("name", "over", "message"),
+    [
+        ("gemma3", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is not covered"),
+        ("gemma3", {"hidden_activation": "silu"}, "activation 'silu' is not gelu_pytorch_tanh"),
+        ("gemma3", {"layer_types": ["full_attention"]}, "'layer_types' must name 4 layers"),
+        ("qwen3", {"attention_bias": True}, "Qwen3 with 'attention_bias'"),
+        ("smollm3", {"no_rope_layers": [1]}, "'no_rope_layers' must list 4 layers"),
+        ("phi3", {"hidden_act": "gelu"}, "activation 'gelu' is not silu"),
+    ],
+)
+def test_what_a_family_does_not_cover(name: str, over: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        graph.build(builders.family_config(name, **over))
