@@ -319,10 +319,16 @@ COMMANDS: dict[str, Refusal] = {
         "power modes: .*25W",
     ),
     "device": (
-        lambda at: at.command(device="ssh://me@board"),
+        lambda at: at.command(device="ssh://me@bo ard"),
         2,
-        ("device 'ssh://me@board' cannot be reached",),
-        None,
+        ("'ssh://me@bo ard' is not a device address",),
+        "write ssh://user@host",
+    ),
+    "device-scheme": (
+        lambda at: at.command(device="shh://board"),
+        2,
+        (r"device 'shh://board' cannot be reached \(did you mean 'ssh'\?\)",),
+        "local, ssh://",
     ),
     "context": (
         lambda at: at.command(profile="chat-2k"),

@@ -70,6 +70,8 @@ def transport(
             )
         if "Permission denied" in words:
             return "refused", f"{address} refused the login: {words}", "put your key there with ssh-copy-id"
+        if "Could not resolve hostname" in words:
+            return "address", f"there is no host {host}", "check the address given to --device"
         if code == 255:
             return "lost", f"{address} cannot be reached: {words or 'connection lost'}", None
         return "remote", words or f"the remote command ended with {code}", None
