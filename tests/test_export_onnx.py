@@ -192,6 +192,10 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
         table = dims.vocab * dims.hidden * per_weight
         both = cost.weight_bytes(untied, quantization) - cost.weight_bytes(dims, quantization)
         assert both == table
+        # neither rotary tables nor an embedding that is only looked up are read for every token
+        tables = 2 * dims.max_context * dims.head_dim // 2 * (2 if quantization == "fp16" else 4)
+        assert cost.read_bytes(dims, quantization) == cost.weight_bytes(dims, quantization) - tables
+        assert cost.read_bytes(untied, quantization) == cost.read_bytes(dims, quantization)
     # read back: the embedding and the output layer name the same weights
     export(tmp_path / "out", source, dims, "int4")
     model = exporter.load_model(exporter.find_model(tmp_path / "out"))
@@ -248,6 +252,16 @@ def test_blocks_zeros_and_importance() -> None:
 
 
 # ---------------------------------------------------------------- refusals and damage
+
+
+@pytest.mark.parametrize(("quantization", "multiple"), [("int4", 32), ("int8", 32), ("fp16", 1), ("fp32", 1)])
+def test_constraints(quantization: str, multiple: int) -> None:
+    config = json.loads(builders.tiny_config().to_json_string(use_diff=False)) | {"model_type": "llama"}
+    dims = graph.build(config).dims
+    rules = exporter.constraints(graph.find_family("llama"), dims, quantization)
+    assert (rules.format, rules.ffn.multiple_of, rules.kv.multiple_of) == ("onnx", multiple, 1)
+    assert not rules.ffn.uniform_across_layers and not rules.kv.uniform_across_layers
+    assert len(rules.reasons) == (multiple > 1)
 
 
 def test_refusals(tmp_path: Path) -> None:
