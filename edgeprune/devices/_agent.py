@@ -99,7 +99,6 @@ def facts(job):
         "system": platform.platform(),
         "python": platform.python_version(),
         "boot_id": _read("/proc/sys/kernel/random/boot_id"),
-        "interpreter_bytes": _peak_rss(),
         "power_mode": _power_mode(),
         "llama_cpp": _module_version("llama_cpp", "llama-cpp-python"),
         "llama_bench": bench if bench and os.access(bench, os.X_OK) else None,
@@ -385,7 +384,7 @@ class _Llama:
         self._log = log
         lib.llama_log_set(log, ctypes.c_void_p(0))
         lib.llama_backend_init()
-        _limit_growth(job.get("rlimit_bytes"))
+        _limit_growth(job)
         flags = job["flags"]
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 999 if job.get("backend") == "gpu" else 0
@@ -456,13 +455,18 @@ def _peak_rss(pid="self"):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _limit_growth(limit):
-    """Without control groups: let this process's data grow by so much from here.
+def _limit_growth(job):
+    """Put this process under the job's memory limit; what it takes from here on counts.
 
-    Stricter than resident memory, because what is reserved counts before it is touched; files that are
-    mapped do not count at all.
+    Without a control group its data may grow by so much. That is stricter than resident memory, because
+    what is reserved counts before it is touched; files that are mapped do not count at all.
     """
+    limit = job.get("memory_limit_bytes")
     if not limit:
+        return
+    if job.get("group"):
+        with open(os.path.join(job["group"], "cgroup.procs"), "w") as f:
+            f.write(str(os.getpid()))
         return
     import resource
 
@@ -603,7 +607,7 @@ def _with_llama_bench(job):
     flags, program = job["flags"], job["llama_bench"]
     threads = job.get("threads") or _threads()
 
-    _limit_growth(job.get("rlimit_bytes"))
+    _limit_growth(job)
 
     def run(n_prompt, n_gen, repeats):
         command = [program, "-m", job["path"], "-p", str(n_prompt), "-n", str(n_gen), "-r", str(repeats)]
@@ -688,19 +692,13 @@ def measure(job, life):
         os.unlink(out)
     limit = job.get("memory_limit_bytes")
     group = _memory_group(limit) if limit and job.get("limit_by") != "rlimit" else None
-    work = dict(job, out=out, rlimit_bytes=limit if group is None else None)
+    work = dict(job, out=out, group=group)
     file = os.path.join(job["folder"], "job.json")
     with open(file, "w", encoding="utf-8") as f:
         json.dump(work, f)
     available = _available()
     env = dict(os.environ, LC_ALL="C")
     env.pop("OMP_WAIT_POLICY", None)
-
-    def prepare():
-        os.setsid()
-        if group is not None:
-            with open(os.path.join(group, "cgroup.procs"), "w") as f:
-                f.write(str(os.getpid()))
 
     errors = open(os.path.join(job["folder"], "stderr"), "wb+")  # noqa: SIM115
     child = subprocess.Popen(
@@ -709,7 +707,7 @@ def measure(job, life):
         stdout=subprocess.DEVNULL,
         stderr=errors,
         env=env,
-        preexec_fn=prepare,
+        start_new_session=True,
     )
     deadline, lowest, said, hung = time.time() + job["timeout_s"], available or 0, 0.0, False
     try:

@@ -227,10 +227,9 @@ def hold(
 ) -> str | None:
     """Run a finalist under a hard limit with the whole context filled; why it was killed, or None.
 
-    The limit is on top of what the measuring interpreter takes before the model, as everywhere.
+    What counts is taken from the moment before the model is opened, as in every measured peak.
     """
-    base = device.session.facts.get("interpreter_bytes") or 0
-    limit = round(limit_bytes) + base
+    limit = round(limit_bytes)
     key = make_key("hold", sha256, flags, limit, device.name, device.runtime_version, edgeprune.__version__)
 
     def compute() -> MemoryResult:
