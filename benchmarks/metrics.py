@@ -54,10 +54,21 @@ METRICS = (
     "adaptive-fusion",
 )
 UNIFORM = [(name, "uniform") for name in METRICS if name != "block-influence"]
-# what a method itself would do; llm-bip's channels and groups share no scale
+# what a method itself would do, and for the better ones LLM-Pruner's choice: the first four and last two of 32
+# layers (scaled to the depth) stay whole, channels only; llm-bip's channels and groups share no scale
 OWN = [
-    ("taylor-vector", "protected"),
-    ("taylor-element1", "protected"),
+    *(
+        (name, "protected")
+        for name in (
+            "taylor-vector",
+            "taylor-element1",
+            "wanda-sp",
+            "flap",
+            "llm-bip",
+            "saap",
+            "adaptive-fusion",
+        )
+    ),
     ("taylor-element1", "global"),
     ("flap", "global"),
     ("block-influence", "global"),
@@ -66,7 +77,7 @@ OWN = [
     ("saap", "global"),
     ("adaptive-fusion", "global"),
 ]
-BEST = [("saap", "global"), ("adaptive-fusion", "global"), ("llm-bip", "ffn"), ("llm-bip:form=C", "global")]
+BEST = [("llm-bip", "protected"), ("saap", "protected"), ("adaptive-fusion", "protected")]
 ABLATIONS = [
     ("llm-bip:form=A", "uniform"),
     ("llm-bip:form=C", "uniform"),
@@ -245,7 +256,7 @@ def main() -> None:
                         graph=graph,
                         scores=values,
                         poolable=facts["poolable"],
-                        constraints=FFN_ONLY if allocation == "ffn" else FREE,
+                        constraints=FFN_ONLY if allocation in ("ffn", "protected") else FREE,
                         metric=name,
                         blocks=name == "block-influence",
                         protected=(
