@@ -68,7 +68,12 @@ def main() -> None:
                 context = given.prompt + given.new
                 flags = LaunchFlags(context_tokens=context, ubatch=512, kv_type=kv_type, mmap=True)
                 times = engine.bench(
-                    path, flags=flags, n_prompt=given.prompt, n_gen=given.new, repeats=1, threads=given.threads
+                    path,
+                    flags=flags,
+                    n_prompt=given.prompt,
+                    n_gen=given.new,
+                    repeats=1,
+                    threads=given.threads,
                 )
                 rates[name]["decode"].append(given.new * 1e9 / times.decode_ns[0])
                 rates[name]["prefill"].append(given.prompt * 1e9 / times.prefill_ns[0])
