@@ -54,8 +54,8 @@ METRICS = (
     "adaptive-fusion",
 )
 UNIFORM = [(name, "uniform") for name in METRICS if name != "block-influence"]
-# what a method itself would do, and for the better ones LLM-Pruner's choice: the first four and last two of 32
-# layers (scaled to the depth) stay whole, channels only; llm-bip's channels and groups share no scale
+# what a method itself would do, and for the better ones LLM-Pruner's choice: the first four and last two of
+# 32 layers (scaled to the depth) stay whole, channels only; llm-bip's channels and groups share no scale
 OWN = [
     *(
         (name, "protected")
