@@ -48,7 +48,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "flap-bias": ("--metric", "flap", "--allocator", "global", "--compensation", "bias"),
     "relative-ridge": (*ONE, *RELATIVE, "--compensation", "ridge"),
     "relative-ridge-steps": (*ONE, *RELATIVE, "--compensation", "ridge", "--steps", "3"),
+    "ridge-rechoose": (*ONE, "--compensation", "ridge", "--rechoose"),
     "default": (),
+    "default-rechoose": ("--rechoose",),
     "default-steps": ("--steps", "3"),
     "default-search": ("--allocator", "search"),
 }

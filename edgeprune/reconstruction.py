@@ -26,6 +26,7 @@ from torch import nn
 
 from edgeprune import checkpoint, rundir
 from edgeprune import graph as graphs
+from edgeprune.allocators.base import best_units
 from edgeprune.compensation import kept_columns
 from edgeprune.errors import ConfigError
 from edgeprune.progress import Progress, Silent
@@ -86,6 +87,19 @@ Choose = Callable[[Axis, torch.Tensor, torch.Tensor], Sequence[int]]
 def as_planned(kept: Mapping[str, Sequence[int]]) -> Choose:
     """The units that a plan names."""
     return lambda axis, gram, weight: kept.get(axis.name, range(axis.n_units))
+
+
+def by_inputs(widths: Mapping[str, int]) -> Choose:
+    """The units whose own output is largest on the inputs at hand: trace(W_u' G_uu W_u) each."""
+
+    def choose(axis: Axis, gram: torch.Tensor, weight: torch.Tensor) -> Sequence[int]:
+        n, each = axis.n_units, len(gram) // axis.n_units
+        own = torch.stack([gram[u * each : (u + 1) * each, u * each : (u + 1) * each] for u in range(n)])
+        parts = weight.reshape(n, each, -1)
+        adds = (parts * (own @ parts)).sum(dim=(1, 2))
+        return best_units(adds.numpy(), widths[axis.name])
+
+    return choose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,31 @@ def test_ridge_changes_o_and_down_only(model: Path, text: Path, tmp_path: Path) 
     assert changed == expected and changed
 
 
+def test_the_default_recipe(model: Path, text: Path, tmp_path: Path) -> None:
+    args = [
+        "prune",
+        str(model),
+        "--ratio",
+        "0.25",
+        "--calibration",
+        str(text),
+        "--samples",
+        "8",
+        "--length",
+        "32",
+    ]
+    args += ["--width-multiple", "8", "--compensation-samples", "8"]
+    spelled = ["--metric", "llm-bip", "--allocator", "sensitivity"]
+    for name, more in (("a", []), ("b", [*spelled, "--compensation", "ridge", "--steps", "1"])):
+        done = CliRunner().invoke(cli, [*args, *more, "--out", str(tmp_path / name)], obj=())
+        assert done.exit_code == 0, done.output
+    first, second = ((tmp_path / n / "edgeprune_plan.json").read_text() for n in "ab")
+    assert first == second
+    plan = json.loads(first)
+    assert (plan["allocator"], plan["compensation"]) == ("sensitivity", "ridge")
+    assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
+
+
 def test_ratio_zero_with_everything_on_is_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     prune(
         model, tmp_path / "a", text, "--ratio", "0", "--compensation", "ridge",
@@ -116,6 +141,19 @@ def test_steps_reach_the_same_widths_with_other_units(model: Path, text: Path, t
     assert {k: len(v) for k, v in once["kept"].items()} == {k: len(v) for k, v in thrice["kept"].items()}
     assert once["kept"] != thrice["kept"]
     assert once["dims"] == thrice["dims"]
+
+
+def test_units_chosen_again(model: Path, text: Path, tmp_path: Path) -> None:
+    # the metric says nothing, so what is chosen comes from the inputs
+    args = ("--ratio", "0.5", "--metric", "random", "--compensation", "ridge")
+    once = prune(model, tmp_path / "a", text, *args)
+    again = prune(model, tmp_path / "b", text, *args, "--rechoose")
+    other = prune(model, tmp_path / "c", text, *args, "--rechoose", "--calibration-seeds", "2")
+    assert {k: len(v) for k, v in once["kept"].items()} == {k: len(v) for k, v in again["kept"].items()}
+    assert once["kept"] != again["kept"] == other["kept"]
+    whole = torch.log_softmax(logits(model), dim=-1)
+    far = {n: float((whole - torch.log_softmax(logits(tmp_path / n), dim=-1)).square().mean()) for n in "ab"}
+    assert far["b"] < far["a"]
 
 
 def test_one_step_is_no_step(model: Path, text: Path, tmp_path: Path) -> None:

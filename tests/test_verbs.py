@@ -154,7 +154,8 @@ def test_prune(run_cli: Callable[..., Any], model: Path, text: Path, tmp_path: P
     # the same again gives the same, and replaces it
     before = (out / "model.safetensors").read_bytes()
     assert run_cli(*("prune", model, "--ratio", "0.2", "--calibration", text, "--samples", "10"),
-                   *("--length", "32", "--width-multiple", "1", *PLAIN, "--out", out)).code == 0  # fmt: skip
+                   *("--metric", "llm-bip", "--length", "32", "--width-multiple", "1", *PLAIN),
+                   *("--out", out)).code == 0  # fmt: skip
     assert (out / "model.safetensors").read_bytes() == before
 
 

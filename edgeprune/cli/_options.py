@@ -129,8 +129,14 @@ def cut_options(command: F) -> F:
 
 
 def refine_options(command: F) -> F:
-    """Add --compensation, --compensation-samples, --steps and --blocks."""
+    """Add --compensation, --compensation-samples, --steps, --rechoose and --blocks."""
     for decorate in (
+        click.option(
+            "--rechoose",
+            is_flag=True,
+            help="With ridge: the metric decides nothing but the widths; units are chosen by what they add "
+            "to the compensated model, layer after layer.",
+        ),
         click.option("--blocks", is_flag=True, help="Whole attention and FFN blocks may leave as well."),
         click.option(
             "--steps",

@@ -37,6 +37,7 @@ _DECIDED = (
     "compensation_samples",
     "steps",
     "blocks",
+    "rechoose",
 )
 
 
@@ -74,6 +75,7 @@ def command(
     compensation_samples: int,
     steps: int,
     blocks: bool,
+    rechoose: bool,
     calibration: str | None,
     samples: int,
     length: int,
@@ -127,6 +129,7 @@ def command(
                     protect_first=protect_first,
                     protect_last=protect_last,
                     blocks=blocks,
+                    rechoose=rechoose,
                     steps=steps,
                     compensation=compensation,
                     compensation_samples=compensation_samples,

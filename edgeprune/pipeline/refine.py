@@ -192,6 +192,21 @@ def rebuilt(
     return reconstruction.RebuiltSource(pruned, folder)
 
 
+def rechosen(
+    run: rundir.RunDir, parent: Parent, plan: PrunePlan, text: Text, progress: Progress
+) -> tuple[dict[str, tuple[int, ...]], checkpoint.Source]:
+    """As many units as the plan keeps, chosen by what they add to the compensated model; and its weights."""
+    made = reconstruction.rebuild(
+        *(parent.source, parent.graph, text.windows, list(plan.kept)),
+        reconstruction.by_inputs({name: len(units) for name, units in plan.kept.items()}),
+        run.path("artifacts/rechosen"),
+        half=reconstruction.half_is_fast(),
+        progress=progress,
+    )
+    pruned = surgery.PrunedSource(parent.source, parent.graph, made.kept)
+    return made.kept, reconstruction.RebuiltSource(pruned, made.folder)
+
+
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 

@@ -73,6 +73,7 @@ class Cut:
     protect_last: int
     blocks: bool = False  # whole attention and FFN blocks may leave
     steps: int = 1
+    rechoose: bool = False  # with ridge: units by what they add to the compensated model
     compensation: str = "none"
     compensation_samples: int = 64  # windows of 512 tokens
 
@@ -233,6 +234,8 @@ def prune(
         refine.check_compensation(cut.compensation)
         if cut.compensation == "bias":
             compensation.compensated_dims(parent.graph.dims)
+        if cut.rechoose and (cut.compensation != "ridge" or cut.steps > 1):
+            raise ConfigError("--rechoose is part of --compensation ridge, in one step", "leave it out")
         if cut.steps > 1 and is_sequential(options):
             raise ConfigError(f"{metric.name} sequential=yes scores in one pass", "use --steps 1")
         tokens = prepare.Tokens(run, parent, progress)
@@ -267,8 +270,15 @@ def prune(
         plan = planner.plan_ratio(space, cut.allocator, cut.ratio, widths=widths)
         if cut.steps > 1 and plan.kept:
             plan = _in_steps(run, parent, space, plan, metric, options, on, cut, tokens, text, progress)
+        source = None
+        if cut.rechoose and plan.kept:
+            assert text is not None
+            kept, source = refine.rechosen(run, parent, plan, text, progress)
+            wide = {a.name: len(kept.get(a.name, range(a.n_units))) for a in space.graph.axes}
+            again = planner.make_plan(space, cut.allocator, cut.ratio, wide, kept=kept)
+            plan = dataclasses.replace(again, binding=plan.binding)
         plan = refine.compensated_plan(plan, cut.compensation, text.key if text else "")
-        source = refine.source_of(run, parent, plan, text, progress)
+        source = source or refine.source_of(run, parent, plan, text, progress)
         _cut(run, parent, plan, out, progress, source)
         return plan, parent.graph, record
 
