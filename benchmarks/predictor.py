@@ -20,6 +20,7 @@ import csv
 import dataclasses
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ PRIORS = {
     "gpu_layer_ms": (0.085, 0.3),
     "gpu_q8": (1.5, 0.3),
 }
+FEWEST = 5  # devices of a kind that make a quantile; with fewer all devices do
 MOST_ERROR = 0.6  # a row further off than this says no more than one that far off
 DEVICE_SD, MODE_SD, SOURCE_SD, ROW_SD = 0.20, 0.10, 0.06, 0.09  # log; scatter around a device's mean
 
@@ -230,6 +232,8 @@ def leave_devices_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in out:
         # the band's width from the other devices of the same kind, every device counted once
         others = [o for o in out if o["device"] != row["device"] and o["gpu"] == row["gpu"]]
+        if len({o["device"] for o in others}) < FEWEST:
+            others = [o for o in out if o["device"] != row["device"]]
         names = {o["device"] for o in others}
         typical = [statistics.median(abs(o["log_error"]) for o in others if o["device"] == n) for n in names]
         row["band"] = quantile(typical, 0.8)
@@ -348,6 +352,7 @@ def main() -> None:
         left = leave_devices_out(rows)
         for gpu in (False, True):
             mine = [o for o in left if o["gpu"] == gpu]
+            mine = mine if len({o["device"] for o in mine}) >= FEWEST else left
             typical = [
                 statistics.median(abs(o["log_error"]) for o in mine if o["device"] == n)
                 for n in {o["device"] for o in mine}
@@ -372,6 +377,7 @@ def main() -> None:
         for device, (off, inside) in sorted(found["per_device"].items()):
             print(f"    {device:22} {off:7.1%} {inside:6.0%}")
     results = {"constants": dataclasses.asdict(CONSTANTS), "summary": summaries, "rows": tables}
+    sys.argv = [sys.argv[0], "--rows", given.rows.name]  # where it lies is nobody's business
     write_results("predictor", results)
 
 
