@@ -12,7 +12,7 @@ import pytest
 from test_planner import measured, rules, small, smol
 
 from edgeprune import planner, registry
-from edgeprune.allocators import search, sensitivity
+from edgeprune.allocators import inner, search, sensitivity
 from edgeprune.allocators.base import Allocator, PlanSpace
 from edgeprune.errors import ConfigError
 from edgeprune.records import Constraints, UnitRule
@@ -168,3 +168,20 @@ def test_whole_blocks_leave_but_not_the_first_attention() -> None:
     )
     assert plan.kept == {"layers.1.kv": (), "layers.2.ffn": ()}
     assert [(s.n_kv_heads, s.n_ff) for s in plan.dims.layers] == [(2, 64), (0, 64), (2, 0)]
+
+
+def test_inner_spares_the_ends_and_attention_until_the_channels_are_spent() -> None:
+    assert inner.ends(32) == {0, 1, 31} and inner.ends(30) == {0, 1, 29} and inner.ends(4) == frozenset()
+    base = smol(constraints=rules(1))
+    # 27 layers lose the same: 0.2 * 106,202,880 parameters / (27 * 1728) = 455.3 channels each
+    widths = inner.inner_widths(base, 0.2)
+    assert {widths[f"layers.{i}.ffn"] for i in range(2, 29)} == {1536 - 455}
+    assert all(widths[f"layers.{i}.ffn"] == 1536 for i in (0, 1, 29))
+    assert all(widths[f"layers.{i}.kv"] == 3 for i in range(30))
+    # a quarter of the channels is left everywhere inside, and still it is not enough
+    widths = inner.inner_widths(base, 0.7)
+    assert base.removed(widths) >= base.target(0.7)
+    assert max(widths[f"layers.{i}.ffn"] for i in range(2, 29)) <= 384
+    assert widths["layers.0.ffn"] < 1536 and widths["layers.0.kv"] < 3
+    alike = dataclasses.replace(base, constraints=rules(1, uniform=True))
+    assert inner.inner_widths(alike, 0.2) == planner.load_allocator("uniform").widths(alike, 0.2)

@@ -149,7 +149,7 @@ def test_unknown_allocator() -> None:
     with pytest.raises(ConfigError) as caught:
         planner.plan_ratio(small(), "unifrom", 0.2)
     assert caught.value.message == "unknown allocator 'unifrom' (did you mean 'uniform'?)"
-    assert caught.value.hint == "known: global, search, sensitivity, uniform"
+    assert caught.value.hint == "known: global, inner, search, sensitivity, uniform"
 
 
 def test_scores_that_share_no_scale_are_not_pooled() -> None:

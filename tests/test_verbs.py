@@ -490,7 +490,7 @@ def test_unknown_names(run_cli: Callable[..., Any], model: Path, tmp_path: Path)
         ran,
         2,
         "unknown allocator 'unifrom' (did you mean 'uniform'?)",
-        hint="known: global, search, sensitivity, uniform",
+        hint="known: global, inner, search, sensitivity, uniform",
     )
     ran = run_cli("prune", model, "--metric-option", "form=D", "--ratio", "0.2", *out)
     fails(ran, 2, "metric llm-bip: form=D is not one of A, B, C")

@@ -93,7 +93,8 @@ def allocator_option(default: str) -> Callable[[F], F]:
         metavar="NAME",
         default=default,
         show_default=True,
-        help="uniform: same widths in every layer; global: one threshold over all layers; sensitivity: "
+        help="uniform: same widths in every layer; inner: channels of all but the first and last layers; "
+        "global: one threshold over all layers; sensitivity: "
         "least summed KL, measured per axis; search: that, refined by measured KL.",
     )
 

@@ -141,7 +141,7 @@ class _Verbs(click.Group):
     "allocators",
     multiple=True,
     metavar="NAME",
-    help="How widths are shared among layers: uniform, global or sensitivity; may be repeated. "
+    help="How widths are shared among layers: uniform, inner, global or sensitivity; may be repeated. "
     "Default: the profile's.",
 )
 @click.option(
