@@ -354,11 +354,15 @@ def test_given_texts_are_used(run_cli: Callable[..., Any], place: Path, tmp_path
     ]
     other.write_text("\n".join(lines))
     args = command(place, tmp_path / "run", calibration=text, eval_text=other, max_candidates="1")
-    ran = run_cli(*args)
+    ran = run_cli(*args, "--calibration-seeds", "2")
     assert ran.code == 0, ran.err
     assert "sample" not in ran.err
     report = json.loads(ran.out)
     assert report["calibration"]["origin"] == str(text)
+    scores = report["scores"]
+    assert (scores["metric"], scores["seeds"]) == ("llm-bip", [0, 1])
+    stability = {row["unit"]: row for row in scores["rank_stability"]}
+    assert stability["ffn"]["axes"] == 4 and 0 < stability["ffn"]["minimum"] <= stability["ffn"]["mean"] < 1
     assert report["evaluation"]["origin"] == str(other)
     assert measured(report)[0]["quality"]["text"] == str(other)
     from edgeprune import tokenizer

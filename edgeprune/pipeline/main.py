@@ -19,7 +19,7 @@ from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
-from edgeprune.pipeline import costing, device_loop, prepare, refine
+from edgeprune.pipeline import costing, device_loop, light, prepare, refine
 from edgeprune.pipeline import lane as lanes
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import Lane
@@ -336,6 +336,7 @@ class _Job:
         self.folder.write(chosen)
         context = {
             "metric_options": metric_options,
+            "scores": light.describe_scores(scores_record),
             "calibration": calibration_set,
             "evaluation": eval_set,
             "threads": shop.bench_threads,

@@ -129,6 +129,7 @@ def build(
         "target_choice": context.get("target_choice"),
         "profile": to_plain(profile),
         "budget": _limits(budget),
+        "scores": context.get("scores"),
         "calibration": to_plain(context.get("calibration")),
         "evaluation": to_plain(context.get("evaluation")),
         "dense_perplexity": context.get("dense_perplexity"),
