@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--ablations", action="store_true", help="the ablation rows instead")
     parser.add_argument("--best", action="store_true", help="the three methods' best allocations only")
     parser.add_argument("--cost", action="store_true", help="only time scoring, three times each")
+    parser.add_argument("--table", action="store_true", help="only print the results there are, as in README")
     parser.add_argument("--ratio", type=float, action="append")
     parser.add_argument("--allocation", action="append", choices=["uniform", "ffn", "protected", "global"])
     parser.add_argument("--seeds", type=int, default=3)
@@ -187,6 +188,9 @@ def main() -> None:
         return
     if args.cost:
         cost(args)
+        return
+    if args.table:
+        markdown(RESULTS / f"{args.out}.json", args.tokens)
         return
     windows_read = args.windows or [2048, 128]
     text = wikitext(args.data)
@@ -344,6 +348,42 @@ def cost(args: argparse.Namespace) -> None:
             )
     report = {"machine": machine(), "command": "benchmarks/metrics.py --cost", "rows": rows}
     (RESULTS / "metrics_cost.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def markdown(path: Path, tokens: int) -> None:
+    """The committed rows as a table: mean ± sd over seeds, and what scoring cost."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["tokens"] == tokens]
+    cost_path = RESULTS / "metrics_cost.json"
+    costs = json.loads(cost_path.read_text())["rows"] if cost_path.exists() else []
+    spent = {row["metric"]: row for row in costs if row["samples"] == 10}
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["metric"] != "dense" and "error" not in row:
+            groups.setdefault((row["metric"], row["allocation"]), []).append(row)
+
+    def cell(found: list[dict], ratio: float, field: str) -> str:
+        values = [row[field] for row in found if row["ratio"] == ratio and field in row]
+        if not values:
+            return "-"
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        if mean >= 1000:
+            return "> 1000"
+        return f"{mean:.1f} ± {spread:.1f}"
+
+    def order(group: tuple[tuple[str, str], list[dict]]) -> tuple[str, float]:
+        (_, allocation), found = group
+        return allocation, statistics.mean(row["ppl_2048"] for row in found if row["ratio"] == 0.2)
+
+    print("| metric | allocation | 20%, 2048 | 20%, 128 | 35%, 2048 | 35%, 128 | score, s | peak RSS, GB |")
+    print("|---|---|---|---|---|---|---|---|")
+    dense = [row for row in rows if row["metric"] == "dense" and "ppl_128" in row]
+    for row in dense[:1]:
+        print(f"| dense | | {row['ppl_2048']:.1f} | {row['ppl_128']:.1f} | | | | |")
+    for (metric, allocation), found in sorted(groups.items(), key=order):
+        cells = [cell(found, r, f"ppl_{w}") for r in (0.2, 0.35) for w in (2048, 128)]
+        one = spent.get(metric) if allocation == "uniform" else None
+        paid = [f"{one['seconds'][1]:.1f}", f"{one['peak_rss_bytes'] / 1e9:.2f}"] if one else ["", ""]
+        print("| " + " | ".join([f"`{metric}`", allocation, *cells, *paid]) + " |")
 
 
 def table(done: dict[str, dict], tokens: int, window: int) -> None:
