@@ -19,7 +19,7 @@ from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
-from edgeprune.pipeline import costing, device_loop, light, prepare, refine
+from edgeprune.pipeline import bundling, costing, device_loop, light, prepare, refine
 from edgeprune.pipeline import lane as lanes
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import Lane
@@ -168,6 +168,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             context={**context, "target_choice": took},
         )
         report_build.write(folder, report)
+        bundling.refresh(folder.root, report, parent.folder)
     if chosen.selected is None and chosen.nearest is None:
         raise StageError(chosen.headline, "report.json holds what each one said")
     if chosen.selected is None:
