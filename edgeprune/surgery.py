@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from edgeprune import checkpoint, rundir
+from edgeprune import checkpoint, remote_code, rundir
 from edgeprune import graph as graphs
-from edgeprune.families.base import write_config
+from edgeprune.families.base import LAYER_LIST_KEY, write_config
 from edgeprune.records import Axis, ModelGraph, PrunePlan, dumps
 
-_SHARD_BYTES = 1 << 30
+_SHARD_BYTES = 1 << 29  # a shard is held twice while it is written, beside the mapped parent
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -92,7 +92,7 @@ def save(
     *,
     extras: Path | None = None,
 ) -> None:
-    """Write config.json and safetensors shards of at most 1 GiB; the folder appears whole or not at all.
+    """Write config.json and safetensors shards of at most 512 MiB; the folder appears whole or not at all.
 
     `extras` is the parent's folder, whose tokenizer files come along.
     """
@@ -102,7 +102,12 @@ def save(
     part.mkdir()
     try:
         _write_shards(part, source, shapes)
-        rundir.write_text(part / "config.json", json.dumps(source.config, indent=2) + "\n")
+        config = {key: value for key, value in source.config.items() if key != "auto_map"}
+        if LAYER_LIST_KEY in config:
+            family = graphs.find_family(config["model_type"])
+            config["auto_map"] = remote_code.auto_map()
+            rundir.write_text(part / remote_code.FILE_NAME, remote_code.code(family))
+        rundir.write_text(part / "config.json", json.dumps(config, indent=2) + "\n")
         if extras is not None:
             for name in _TOKENIZER_FILES:
                 if (extras / name).is_file():
