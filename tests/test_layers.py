@@ -28,6 +28,7 @@ LAYERS = {
     "stability": 5,
     "verify": 5,
     "locate": 5,
+    "remote_code": 5,
     "checkpoint": 6,
     "data": 6,
     "gguf_source": 6,
