@@ -271,7 +271,7 @@ def go(template: str, messages: list[dict[str, str]]) -> str:
 @pytest.mark.parametrize("with_system", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_go_template_gives_the_same_prompt(name: str, with_system: bool) -> None:
-    pieces = chat.read(TEMPLATES[name], bos="<s>", eos="</s>")
+    pieces = chat.read(TEMPLATES[name], eos="</s>")
     assert pieces is not None
     template = pieces.go_template()
     assert template is not None
@@ -298,7 +298,7 @@ def test_the_go_template_gives_the_same_prompt(name: str, with_system: bool) -> 
 def test_what_ends_an_answer() -> None:
     stops = {}
     for name, source in TEMPLATES.items():
-        pieces = chat.read(source, bos="<s>", eos="</s>")
+        pieces = chat.read(source, eos="</s>")
         assert pieces is not None
         stops[name] = pieces.stop
     assert stops == {
@@ -324,6 +324,12 @@ def test_what_ends_an_answer() -> None:
 )
 def test_other_templates_are_not_translated(source: str) -> None:
     assert chat.read(source) is None
+
+
+def test_a_first_token_that_the_template_spells_out_stays() -> None:
+    """SmolLM2's first token is <|im_start|>, which also opens every turn."""
+    pieces = chat.read(CHATML, eos="<|im_end|>")
+    assert pieces is not None and pieces.system == ("<|im_start|>system\n", "<|im_end|>\n")
 
 
 def test_a_piece_that_go_would_read_is_not_translated() -> None:

@@ -86,31 +86,29 @@ def _refuse(message: str) -> None:
 class _Jinja:
     """A chat template as transformers renders it; a stranger's code, so only in the sandbox."""
 
-    def __init__(self, source: str, bos: str, eos: str) -> None:
+    def __init__(self, source: str, eos: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         self._template = environment.from_string(source)
-        self._more: dict[str, Any] = {"bos_token": bos, "eos_token": eos, "raise_exception": _refuse}
-        self._bos = bos
+        # the tokenizer puts the first token in front by itself; one that the template spells out stays
+        self._more: dict[str, Any] = {"bos_token": "", "eos_token": eos, "raise_exception": _refuse}
 
     def render(self, messages: Messages, *, go_on: bool) -> str:
         plain = [{"role": role, "content": content} for role, content in messages]
-        text = self._template.render(messages=plain, add_generation_prompt=go_on, **self._more)
-        # the tokenizer puts the first special token in front by itself
-        return text.removeprefix(self._bos) if self._bos else text
+        return self._template.render(messages=plain, add_generation_prompt=go_on, **self._more)
 
 
 def _between(text: str, first: str, second: str) -> str:
     return text.split(first, 1)[1].split(second, 1)[0]
 
 
-def read(source: str, *, bos: str = "", eos: str = "") -> Pieces | None:
+def read(source: str, *, eos: str = "") -> Pieces | None:
     """The pieces of a Jinja chat template, or None when it does more than put pieces around messages."""
     if len(source) > _MOST_CHARS:
         return None
     try:
-        jinja = _Jinja(source, bos, eos)
+        jinja = _Jinja(source, eos)
         found = _read(jinja)
         if found is None:
             return None

@@ -224,7 +224,6 @@ def _copy_tokenizer(folder: Path | None, root: Path) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _About:
     template: str | None  # Jinja
-    bos: str
     eos: str
     max_context: int | None
 
@@ -244,7 +243,6 @@ def _read_gguf(path: Path) -> _About:
     context = values.get(f"{_text(values.get('general.architecture'))}.context_length")
     return _About(
         template=_text(values.get("tokenizer.chat_template")) or None,
-        bos=token("bos"),
         eos=token("eos"),
         max_context=context if type(context) is int else None,
     )
@@ -264,7 +262,6 @@ def _read_folder(root: Path) -> _About:
     context = config.get("max_position_embeddings")
     return _About(
         template=template if isinstance(template, str) else None,
-        bos=token("bos"),
         eos=token("eos"),
         max_context=context if type(context) is int else None,
     )
@@ -352,7 +349,7 @@ def _texts(facts: Mapping[str, Any], about: _About, flags: LaunchFlags) -> dict[
 
 
 def _modelfile(facts: Mapping[str, Any], about: _About, common: Mapping[str, Any]) -> str:
-    pieces = chat.read(about.template, bos=about.bos, eos=about.eos) if about.template else None
+    pieces = chat.read(about.template, eos=about.eos) if about.template else None
     template = pieces.go_template() if pieces else None
     system = pieces.default_system if pieces and template else None
     wanted = [pieces.stop if pieces and template else None, about.eos if template else None]
@@ -404,7 +401,7 @@ def _about_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if plan is not None and facts["ratio"]:
         widths = "all layers alike" if plan["uniform"] else "every layer has its own widths"
         rows.append(("plan", f"{plan['id']}, {widths}, compensation {plan['compensation']}"))
-    if recipe is not None and recipe["metric"]:
+    if recipe is not None and facts["ratio"]:
         rows.append(("importance", f"{recipe['metric']}, widths by {recipe['allocator']}"))
     for name, limit in (facts["budget"] or {}).items():
         shown = (
