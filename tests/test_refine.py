@@ -82,14 +82,14 @@ def test_the_default_recipe(model: Path, text: Path, tmp_path: Path) -> None:
         "32",
     ]
     args += ["--width-multiple", "8", "--compensation-samples", "8"]
-    spelled = ["--metric", "llm-bip", "--allocator", "sensitivity"]
+    spelled = ["--metric", "llm-bip", "--allocator", "inner"]
     for name, more in (("a", []), ("b", [*spelled, "--compensation", "ridge", "--steps", "1"])):
         done = CliRunner().invoke(cli, [*args, *more, "--out", str(tmp_path / name)], obj=())
         assert done.exit_code == 0, done.output
     first, second = ((tmp_path / n / "edgeprune_plan.json").read_text() for n in "ab")
     assert first == second
     plan = json.loads(first)
-    assert (plan["allocator"], plan["compensation"]) == ("sensitivity", "ridge")
+    assert (plan["allocator"], plan["compensation"]) == ("inner", "ridge")
     assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
 
 

@@ -53,7 +53,7 @@ _DECIDED = (
     metavar="PLAN.json",
     help="Instead: cut along a plan of 'edgeprune plan'.",
 )
-@allocator_option("sensitivity")
+@allocator_option("inner")
 @cut_options
 @refine_options
 @calibration_options
