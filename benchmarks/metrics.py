@@ -144,6 +144,14 @@ def build(source: checkpoint.Source, graph: graphs.ModelGraph, kept: dict) -> to
     return checkpoint.assemble(pruned, graphs.prune_dims(graph, kept)).to(torch.bfloat16)
 
 
+def peak_rss_bytes() -> int:
+    """Of this process as this program; getrusage also counts what the parent held when it was started."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def score_job(job: dict) -> None:
     """Child process: score once; print seconds and peak RSS."""
     source = checkpoint.SafetensorsSource(Path(job["folder"]))
@@ -160,7 +168,7 @@ def score_job(job: dict) -> None:
     scores = calibration.score(metric, options, source, graph, arrays, seed=job["seed"])
     seconds = time.monotonic() - began
     save_file({k: np.ascontiguousarray(v) for k, v in scores.items()}, job["out"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
     print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak, "poolable": metric.poolable(options)}))
 
 

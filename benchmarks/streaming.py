@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -50,8 +51,9 @@ CONFIG = {
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix dark potions in a quiet room"
 
 
-def write_checkpoint(folder: Path) -> int:
+def write_checkpoint(folder: Path, layers: int) -> int:
     """One shard per decoder layer; returns parameters."""
+    CONFIG["num_hidden_layers"] = layers
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -104,7 +106,9 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="edgeprune-7b-", dir=args.dir))
     try:
         began = time.monotonic()
-        parameters = write_checkpoint(scratch / "model")
+        # in a process of its own: a child's peak memory counts what its parent held when it was started
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            parameters = pool.apply(write_checkpoint, (scratch / "model", args.layers))
         print(f"{parameters / 1e9:.2f}e9 parameters written in {time.monotonic() - began:.0f} s", flush=True)
         (scratch / "text.txt").write_text("\n".join(f"{i} {WORDS}" for i in range(2000)))
         command = [
