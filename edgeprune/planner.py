@@ -175,7 +175,9 @@ def weakest_fit(space: PlanSpace, allocator: str, quantization: str, cost: CostO
         counts = {name: range(width) for name, width in widths.items()}
         return widths, prune_dims(space.graph, counts)
 
-    widths, dims = dims_at(high)
+    # the floor itself: an allocator that rounds to legal widths may stop a step above it
+    widths = {axis.name: space.floor(axis) for axis in space.graph.axes}
+    dims = prune_dims(space.graph, {name: range(width) for name, width in widths.items()})
     if not cost(dims, quantization).fits:
         return None
     best, best_ratio = widths, high

@@ -37,8 +37,10 @@ def inner_widths(space: PlanSpace, ratio: float) -> Widths:
         for axis in channels:
             step = space.rule(axis).multiple_of
             widths[axis.name] = space.snap(axis, round(axis.n_units * (1 - part) / step) * step)
-        slack = sum(space.rule(axis).multiple_of * space.unit_cost(axis) for axis in channels)
-        if target - space.removed(widths) <= slack:
+        short = target - space.removed(widths)
+        rounding = sum(space.rule(axis).multiple_of * space.unit_cost(axis) for axis in channels) / 2
+        spent = any(widths[axis.name] == space.floor(axis) for axis in channels)
+        if short <= 0 or (short <= rounding and not spent):
             return widths
     # beyond that: what `uniform` takes, and never less than was taken already
     everywhere = uniform_widths(space, ratio)
