@@ -16,8 +16,19 @@ from edgeprune.errors import StageError
 _TAIL_LINES = 3
 
 
-def run(module: str, job: str, args: dict[str, Any], *, timeout_s: float, label: str) -> dict[str, Any]:
-    """Start `python -m module JOBFILE` and return its answer. Raises StageError with its last words."""
+def run(
+    module: str,
+    job: str,
+    args: dict[str, Any],
+    *,
+    timeout_s: float,
+    label: str,
+    env: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Start `python -m module JOBFILE` and return its answer.
+
+    Raises StageError with its last words, OSError for an error of the disk that the job names.
+    """
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         job_file, result, errors = (Path(folder, n) for n in ("job.json", "result.json", "stderr"))
         job_file.write_text(
@@ -30,6 +41,7 @@ def run(module: str, job: str, args: dict[str, Any], *, timeout_s: float, label:
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 cwd=Path(__file__).resolve().parents[2],  # found even when edgeprune is not installed
+                env=env,
             )
             try:
                 code = process.wait(timeout=timeout_s)
@@ -46,6 +58,11 @@ def run(module: str, job: str, args: dict[str, Any], *, timeout_s: float, label:
             raise StageError(f"{label} {job} {_ending(code)}: {_tail(errors)}")
         answer = json.loads(result.read_text(encoding="utf-8"))
     if "error" in answer:
+        if answer.get("errno") is not None:
+            # the run folder turns the disk's own errors into advice
+            raise OSError(
+                answer["errno"], os.strerror(answer["errno"]), args.get("out") or args.get("arrays")
+            )
         raise StageError(answer["error"])
     return dict(answer["ok"])
 

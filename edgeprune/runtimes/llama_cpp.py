@@ -6,24 +6,20 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.errors import ConfigError, MissingExtraError, StageError
+from edgeprune.errors import ConfigError, MissingExtraError
 from edgeprune.records import LaunchFlags, to_plain
 from edgeprune.rundir import atomic_path, write_text
+from edgeprune.runtimes import _child
 from edgeprune.runtimes.base import BenchTimes, MemoryPeak, Runtime
 
 if TYPE_CHECKING:
     import numpy as np
-
-_TAIL_LINES = 3
 
 
 def _available() -> str | None:
@@ -304,65 +300,20 @@ def _run(job: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """Run one job in a fresh process. Raises StageError with its last words when it fails."""
     if _available() is not None:
         raise MissingExtraError("llama-cpp-python", RUNTIME.extra)
-    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-        job_file, result, errors = (Path(folder, n) for n in ("job.json", "result.json", "stderr"))
-        job_file.write_text(
-            json.dumps({**args, "job": job, "result": str(result), "parent": os.getpid()}), encoding="utf-8"
-        )
-        with errors.open("wb") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "edgeprune.runtimes._llama_worker", str(job_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                cwd=Path(__file__).resolve().parents[2],  # found even when edgeprune is not installed
-                env=_environment(job),
-            )
-            try:
-                code = process.wait(timeout=timeout_s)
-            except subprocess.TimeoutExpired:
-                raise StageError(
-                    f"llama.cpp {job} did not finish within {timeout_s:.0f} s",
-                    "use a smaller model or fewer tokens",
-                ) from None
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-        if not result.exists():
-            raise StageError(f"llama.cpp {job} {_ending(code)}: {_tail(errors)}")
-        answer = json.loads(result.read_text(encoding="utf-8"))
-    if "error" in answer:
-        if answer.get("errno") is not None:
-            # the run folder turns the disk's own errors into advice
-            raise OSError(
-                answer["errno"], os.strerror(answer["errno"]), args.get("out") or args.get("arrays")
-            )
-        raise StageError(answer["error"])
-    return dict(answer["ok"])
+    return _child.run(
+        "edgeprune.runtimes._llama_worker",
+        job,
+        args,
+        timeout_s=timeout_s,
+        label="llama.cpp",
+        env=_environment(job),
+    )
 
 
 def _environment(job: str) -> dict[str, str]:
     """What a job inherits; timings are taken with the threads waiting as a user's would."""
     timed = job == "bench"
     return {k: v for k, v in os.environ.items() if not (timed and k == "OMP_WAIT_POLICY")}
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"stopped with exit code {code}"
-    try:
-        return f"crashed ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"crashed (signal {-code})"
-
-
-def _tail(errors: Path) -> str:
-    """Return the last lines a worker wrote, as one line."""
-    with errors.open("rb") as f:
-        f.seek(max(0, errors.stat().st_size - 4096))
-        lines = [line.strip() for line in f.read().decode("utf-8", "replace").splitlines()]
-    return " | ".join([line for line in lines if line][-_TAIL_LINES:]) or "it said nothing"
 
 
 RUNTIME = Runtime(
