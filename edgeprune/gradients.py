@@ -31,7 +31,7 @@ from edgeprune.records import Axis, LayerShape, ModelDims, ModelGraph
 MOST_KEPT_BYTES = 192 << 20
 # FFN outputs are kept from the forward pass for the backward one while all of them fit
 MOST_REUSED_BYTES = 576 << 20
-_LOGIT_BYTES = 48 << 20
+_LOGIT_BYTES = 16 << 20
 
 MASK_TRIALS = 24
 _MASK_SHARE = 0.3  # most of an axis that one trial masks
@@ -271,9 +271,10 @@ class _Model:
                 some = slice(start, start + rows)
                 logits = normed.detach()[0, some] @ head.T
                 wanted = targets[some, None]
-                losses[n] += float((logits.logsumexp(dim=-1) - logits.gather(1, wanted)[:, 0]).double().sum())
+                total = logits.logsumexp(dim=-1, keepdim=True)
+                losses[n] += float((total - logits.gather(1, wanted)).double().sum())
                 if gradient:
-                    chance = logits.softmax(dim=-1)
+                    chance = logits.sub_(total).exp_()  # the softmax, in place
                     chance.scatter_add_(1, wanted, chance.new_full(wanted.shape, -1.0))
                     slope[some] = (chance @ head) / n_targets
             if gradient:
