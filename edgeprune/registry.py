@@ -20,7 +20,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def names(package: str) -> tuple[str, ...]:
     """List the plug-ins of `edgeprune.<package>`: file names, '_' as '-', without 'base' and '_private'."""
-    folder = Path(__file__).parent / package
+    folder = Path(__file__).parent.joinpath(*package.split("."))
     found = [m.name for m in pkgutil.iter_modules([str(folder)])]
     return tuple(sorted(n.replace("_", "-") for n in found if n != "base" and not n.startswith("_")))
 

@@ -39,7 +39,7 @@ LAYERS = {
     "surgery": 7,
     "reconstruction": 7.5,  # takes the columns from compensation
     "sensitivity": 7.7,  # runs models that a reconstruction made
-    "recovery": 7,
+    "recovery": 7.8,  # trains what a reconstruction made
     "quality": 7,
     "exporters": 8,
     "runtimes": 9,

@@ -1,0 +1,1 @@
+"""Short training after the cut: methods, objective, data, trainer."""

@@ -1,0 +1,1 @@
+"""Recovery methods, one file each, found by file name; see `base`."""
