@@ -11,7 +11,7 @@ from edgeprune.allocators.base import Allocator, PlanSpace, Widths, best_units
 from edgeprune.allocators.uniform import uniform_widths
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.graph import find_family, graph_of, prune_dims
-from edgeprune.records import LaunchFlags, ModelDims, PlanLadder, PrunePlan, make_key
+from edgeprune.records import LaunchFlags, MemoryParts, ModelDims, PlanLadder, PrunePlan, make_key
 
 __all__ = ["PlanSpace", "Widths", "best_units", "uniform_widths"]
 
@@ -158,6 +158,7 @@ class Cost:
     flags: LaunchFlags
     fits: bool
     misses: tuple[str, ...]
+    memory: MemoryParts | None = None  # what `peak_bytes` is made of
 
 
 CostOf = Callable[[ModelDims, str], Cost]

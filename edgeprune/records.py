@@ -455,6 +455,18 @@ class QualityResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryParts:
+    """What a predicted peak is made of; the parts add up to it."""
+
+    weights_bytes: int
+    copies_bytes: int  # weights held a second time in another layout
+    kv_bytes: int
+    compute_bytes: int
+    runtime_bytes: int  # tokenizer, graph and tables of the library
+    target_bytes: int  # the target's own, such as a CUDA context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
     file_bytes: int
     peak_memory_bytes: int  # with `runtime_bytes`
@@ -463,6 +475,7 @@ class Predicted:
     decode_tps_low: float | None
     decode_tps_high: float | None
     flags: LaunchFlags | None
+    memory: MemoryParts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

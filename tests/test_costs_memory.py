@@ -105,3 +105,14 @@ def test_each_term_counts_once() -> None:
     quarter = dataclasses.replace(FLAGS, kv_type="q4_0")
     smaller = memory.predict_peak_memory(DIMS, weight_bytes=10_000_000, flags=quarter)
     assert base - smaller == 196608 - 55296
+
+
+def test_the_parts_add_up_to_the_peak() -> None:
+    copies = memory.Repacked(copied_bytes=900, tied_bytes=30)
+    given = {"weight_bytes": 10_000_000, "flags": FLAGS, "repacked": copies, "overhead_bytes": 7}
+    parts = memory.predict_parts(DIMS, **given)
+    assert memory.total(parts) == memory.predict_peak_memory(DIMS, **given)
+    assert (parts.weights_bytes, parts.target_bytes) == (10_000_000, 7)
+    assert parts.copies_bytes == (900 if FLAGS.mmap else 30)
+    assert parts.kv_bytes == memory.kv_bytes(DIMS, FLAGS.context_tokens, FLAGS.kv_type)
+    assert parts.compute_bytes == memory.compute_bytes(DIMS, FLAGS)

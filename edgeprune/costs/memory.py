@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from edgeprune.errors import ConfigError
-from edgeprune.records import LaunchFlags, ModelDims
+from edgeprune.records import LaunchFlags, MemoryParts, ModelDims
 from edgeprune.registry import suggest
 
 # bytes per element; a quantized block holds 32 elements and their scales
@@ -141,7 +141,7 @@ def compute_bytes(dims: ModelDims, flags: LaunchFlags) -> int:
     return u * (max(ffn, attention + scores) + mask)
 
 
-def predict_peak_memory(
+def predict_parts(
     dims: ModelDims,
     *,
     weight_bytes: int,
@@ -149,8 +149,8 @@ def predict_peak_memory(
     repacked: Repacked | None = None,
     tokenizer: str = "bpe",
     overhead_bytes: int = 0,
-) -> int:
-    """Peak bytes of a llama.cpp process with its whole context filled, as `VmHWM` shows it on a CPU.
+) -> MemoryParts:
+    """Terms of a llama.cpp process's peak with its whole context filled, as `VmHWM` shows it on a CPU.
 
     `weight_bytes` are all tensors of the file. `repacked` says which of them this CPU copies: with mmap
     the copies come on top of the mapped file; without mmap only the tied output exists twice.
@@ -166,11 +166,45 @@ def predict_peak_memory(
         + (_VOCAB_BYTES + _TOKENIZER_TOKEN_BYTES[tokenizer]) * dims.vocab
         + _TOKENIZER_FIXED_BYTES[tokenizer]
     )
-    return round(
-        weight_bytes
-        + copies
-        + kv_bytes(dims, flags.context_tokens, flags.kv_type)
-        + compute_bytes(dims, flags)
-        + runtime
-        + overhead_bytes
+    return MemoryParts(
+        weights_bytes=weight_bytes,
+        copies_bytes=copies,
+        kv_bytes=kv_bytes(dims, flags.context_tokens, flags.kv_type),
+        compute_bytes=compute_bytes(dims, flags),
+        runtime_bytes=round(runtime),
+        target_bytes=overhead_bytes,
+    )
+
+
+def total(parts: MemoryParts) -> int:
+    """The peak that the parts add up to."""
+    return (
+        parts.weights_bytes
+        + parts.copies_bytes
+        + parts.kv_bytes
+        + parts.compute_bytes
+        + parts.runtime_bytes
+        + parts.target_bytes
+    )
+
+
+def predict_peak_memory(
+    dims: ModelDims,
+    *,
+    weight_bytes: int,
+    flags: LaunchFlags,
+    repacked: Repacked | None = None,
+    tokenizer: str = "bpe",
+    overhead_bytes: int = 0,
+) -> int:
+    """Peak bytes: the sum of `predict_parts`."""
+    return total(
+        predict_parts(
+            dims,
+            weight_bytes=weight_bytes,
+            flags=flags,
+            repacked=repacked,
+            tokenizer=tokenizer,
+            overhead_bytes=overhead_bytes,
+        )
     )

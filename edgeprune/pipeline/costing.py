@@ -73,9 +73,9 @@ class CostModel:
         read = speed_costs.by_type([(t.name, t.type, t.bytes) for t in tensors], tied=dims.tied)
         repacked = memory_costs.repacked(tensors, self.target.isa)
         limit = self.budget.memory_bytes.value * HEADROOM
-        peak, flags = 0, self.flag_choices()[0]
+        peak, flags, parts = 0, self.flag_choices()[0], None
         for flags in self.flag_choices():
-            peak = memory_costs.predict_peak_memory(
+            parts = memory_costs.predict_parts(
                 dims,
                 weight_bytes=weights,
                 flags=flags,
@@ -83,6 +83,7 @@ class CostModel:
                 tokenizer=self.tokenizer,
                 overhead_bytes=self.target.runtime_overhead_bytes,
             )
+            peak = memory_costs.total(parts)
             if peak <= limit:
                 break
         tps = low = high = None
@@ -110,6 +111,7 @@ class CostModel:
             flags=flags,
             fits=not misses,
             misses=tuple(misses),
+            memory=parts,
         )
 
 

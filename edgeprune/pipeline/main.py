@@ -487,6 +487,7 @@ class _Job:
                 decode_tps_low=price.decode_tps_low,
                 decode_tps_high=price.decode_tps_high,
                 flags=price.flags,
+                memory=price.memory,
             ),
             measured=measured,
             quality=summary,
