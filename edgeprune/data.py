@@ -99,6 +99,20 @@ def _jsonl_texts(path: Path, text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=2)
 def _hub_text(name: str, *, characters: int = 8_000_000) -> str:
+    parts: list[str] = []
+    for row in hub_rows(name, characters=characters):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise ConfigError(f"data set '{name}' has no 'text' column", "give a text file instead")
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
+def hub_rows(name: str, *, characters: int = 8_000_000) -> list[dict[str, Any]]:
+    """Rows of a data set on the hub, split 'train', until their strings have that many characters.
+
+    Raises ConfigError when it cannot be read, MissingExtraError without the library.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
@@ -112,26 +126,21 @@ def _hub_text(name: str, *, characters: int = 8_000_000) -> str:
     # these libraries report every retry on stderr; what went wrong is said once, below
     for noisy in ("huggingface_hub", "datasets", "fsspec", "httpx"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    parts: list[str] = []
+    rows: list[dict[str, Any]] = []
     size = 0
     try:
         HfApi().dataset_info(name, timeout=10)  # says at once that there is no network or no such data set
         for row in load_dataset(name, split="train", streaming=True):
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise ConfigError(f"data set '{name}' has no 'text' column", "give a text file instead")
-            parts.append(text)
-            size += len(text)
+            rows.append(row)
+            size += sum(len(value) for value in row.values() if isinstance(value, str))
             if size > characters:
                 break
-    except ConfigError:
-        raise
     except Exception as error:  # the hub client raises many unrelated classes
         raise ConfigError(
             f"'{name}' is not a file here and could not be read as a data set: {hub_reason(error)}",
             "check the name and the network, or give a .txt or .jsonl file",
         ) from None
-    return "\n\n".join(parts)
+    return rows
 
 
 def windows(
