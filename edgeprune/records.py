@@ -338,6 +338,31 @@ class PlanLadder:
     key: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenGrowth:
+    """One text under the parent's tokenizer and under the trimmed one."""
+
+    text: str  # language code of the built-in sample, or file name
+    tokens_before: int
+    tokens_after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabTrimming:
+    """Which tokens of the parent stay. Row i of the trimmed embedding is the parent's row `kept[i]`."""
+
+    kind: ClassVar[str] = "vocab_trimming"
+    sources: tuple[str, ...]  # text files, data sets, languages:en,de
+    rows_before: int  # of the embedding
+    rows_after: int
+    why: dict[str, int]  # reason -> tokens that stay for it first
+    params_removed: int
+    bytes_removed: int  # of the weights as the parent's checkpoint stores them
+    growth: tuple[TokenGrowth, ...]
+    kept: str  # ids of the parent as runs: 0-16,20
+    key: str
+
+
 # ---------------------------------------------------------------- artifacts and measurements
 
 

@@ -368,7 +368,7 @@ def _wrapping(root: Path, found: Mapping[str, int]) -> tuple[bool, bool]:
     path = root / "tokenizer.json"
     if not path.is_file():
         return True, False
-    ids = _load(path).encode("a").ids
+    ids = load(path).encode("a").ids
     return bool(ids) and ids[0] == found.get("bos"), len(ids) > 1 and ids[-1] == found.get("eos")
 
 
@@ -557,7 +557,8 @@ def _post_processor(values: Mapping[str, Any], tokens: list[str], kind: str) -> 
 # ---------------------------------------------------------------- use
 
 
-def _load(path: Path) -> Any:
+def load(path: Path) -> Any:
+    """The `tokenizers` object of a tokenizer.json. Raises ConfigError for a damaged file."""
     library = _library("tokenizers", "torch")
     try:
         return library.Tokenizer.from_file(str(path))
@@ -569,6 +570,6 @@ def encode(folder: str | Path, text: str, *, add_special: bool = False) -> list[
     """Token ids of a text; special tokens written in it become their ids. `add_special` adds bos or eos."""
     root = Path(folder)
     if (root / "tokenizer.json").is_file():
-        return list(_load(root / "tokenizer.json").encode(text, add_special_tokens=add_special).ids)
+        return list(load(root / "tokenizer.json").encode(text, add_special_tokens=add_special).ids)
     auto = _library("transformers", "torch").AutoTokenizer.from_pretrained(str(root))
     return list(auto(text, add_special_tokens=add_special)["input_ids"])

@@ -29,10 +29,12 @@ LAYERS = {
     "verify": 5,
     "locate": 5,
     "remote_code": 5,
+    "languages": 5,
     "checkpoint": 6,
     "data": 6,
     "gguf_source": 6,
     "tokenizer": 6,
+    "vocabulary": 6.5,  # rewrites what tokenizer reads
     "calibration": 7,
     "gradients": 7,
     "compensation": 7,

@@ -16,7 +16,7 @@ from edgeprune.costs.gguf_header import KeyValue, read_header
 from edgeprune.errors import ConfigError
 from edgeprune.families.base import Family
 from edgeprune.gguf_source import GgufSource
-from edgeprune.records import Artifact, ModelGraph, make_key
+from edgeprune.records import Artifact, ModelGraph, VocabTrimming, make_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class Parent:
     given: Path | None
     given_quantization: str | None
     key: str
+    vocabulary: VocabTrimming | None = None  # what left it, see pipeline/trimming.py
 
 
 class _AsF16:

@@ -1,0 +1,203 @@
+"""A parent with a trimmed vocabulary: a folder of its own, so that every later stage sees one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edgeprune
+from edgeprune import checkpoint, data, languages, locate, rundir, surgery, tokenizer, vocabulary
+from edgeprune import graph as graphs
+from edgeprune.errors import ConfigError
+from edgeprune.families.base import Family
+from edgeprune.pipeline.parent import Parent
+from edgeprune.progress import Progress
+from edgeprune.records import ModelDims, VocabTrimming, make_key
+from edgeprune.units import format_bytes
+
+RECORD_FILE = "edgeprune_vocab.json"
+LANGUAGES_PREFIX = "languages:"
+
+
+class TrimmedSource:
+    """A source whose embedding and head have only the rows `kept`; its config has the new ids."""
+
+    def __init__(
+        self, source: checkpoint.Source, family: Family, dims: ModelDims, kept: Sequence[int]
+    ) -> None:
+        self._source = source
+        self._rows = torch.tensor(kept, dtype=torch.int64)
+        self._names = {family.tensor("embed"), family.tensor("head")}
+        self._config = {**vocabulary.remap(source.config, kept), "vocab_size": len(kept)}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    @property
+    def fingerprint(self) -> str:
+        return self._source.fingerprint
+
+    def tensor(self, name: str) -> torch.Tensor:
+        value = self._source.tensor(name)
+        return value.index_select(0, self._rows) if name in self._names else value
+
+    def close(self) -> None:
+        self._source.close()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Wanted:
+    texts: dict[str, str]  # source -> text
+    codes: tuple[str, ...]  # of languages
+
+
+def check(sources: Sequence[str]) -> _Wanted:
+    """Read what `--trim-vocab` names. Raises ConfigError for a text or language that is not there."""
+    texts: dict[str, str] = {}
+    codes: set[str] = set()
+    for source in sources:
+        if source.startswith(LANGUAGES_PREFIX):
+            codes |= set(languages.parse(source.removeprefix(LANGUAGES_PREFIX)))
+        else:
+            texts[source] = data.read_text(source)
+    return _Wanted(texts, tuple(sorted(codes)))
+
+
+def trim(
+    run: rundir.RunDir,
+    parent: Parent,
+    sources: Sequence[str],
+    progress: Progress,
+    *,
+    against: str | None = None,
+) -> Parent:
+    """The parent with only the tokens that `sources` need, written once into the run folder.
+
+    Args:
+        sources: text files, data sets, or 'languages:en,de'; together.
+        against: text to count tokens of before and after; None: the built-in samples.
+
+    Raises UnsupportedModelError for a tokenizer that is not BPE.
+    """
+    if not sources:
+        return parent
+    wanted = check(sources)
+    other = languages.SAMPLES if against is None else {against: data.read_text(against)}
+    key = make_key(
+        "vocab_trimming",
+        parent.key,
+        edgeprune.__version__,
+        list(wanted.codes),
+        {name: rundir.sha256_bytes(text.encode()) for name, text in wanted.texts.items()},
+        {name: rundir.sha256_bytes(text.encode()) for name, text in other.items()},
+    )
+    folder = run.path(f"artifacts/trimmed-{key[:8]}")
+
+    def compute() -> VocabTrimming:
+        with progress.stage("trim vocabulary"):
+            return _write(parent, wanted, other, folder, sources, key)
+
+    record = run.stage(
+        VocabTrimming,
+        key,
+        compute,
+        name="trim vocabulary",
+        valid=lambda _: (folder / "config.json").is_file(),
+    )
+    saved = format_bytes(record.bytes_removed)
+    progress.say(f"vocabulary: {record.rows_after:,} of {record.rows_before:,} tokens stay, {saved} less")
+    source = checkpoint.SafetensorsSource(folder)
+    graph = graphs.build(source.config)
+    source.check(graph)
+    return dataclasses.replace(
+        parent,
+        folder=folder,
+        source=source,
+        graph=graph,
+        tokenizer_kvs=vocabulary.trim_kvs(parent.tokenizer_kvs, vocabulary.read_runs(record.kept)),
+        # the file as given has another vocabulary, so nothing about it compares
+        given=None,
+        given_quantization=None,
+        vocabulary=record,
+        key=make_key("parent", "trimmed", key),
+    )
+
+
+def _write(
+    parent: Parent,
+    wanted: _Wanted,
+    other: Mapping[str, str],
+    folder: Path,
+    sources: Sequence[str],
+    key: str,
+) -> VocabTrimming:
+    with tempfile.TemporaryDirectory(prefix=".trim.", suffix=".part", dir=folder.parent) as made:
+        before, after = Path(made) / "before", Path(made) / "after"
+        before.mkdir()
+        after.mkdir()
+        # a SentencePiece file alone has no tokenizer.json yet
+        own = parent.folder / "tokenizer.json"
+        if own.is_file():
+            before = parent.folder
+        else:
+            tokenizer.write_hf(parent.tokenizer_kvs, before)
+        of = vocabulary.Vocabulary(before, parent.tokenizer_kvs)
+        path = parent.folder / "generation_config.json"
+        generation = locate.read_json(path) if path.is_file() else {}
+        chosen = vocabulary.choose(
+            of, list(wanted.texts.values()), wanted.codes, [parent.source.config, generation]
+        )
+        vocabulary.write_folder(of, chosen.kept, parent.folder, after)
+        growth = vocabulary.growth(before, after, other)
+        dims = parent.graph.dims
+        trimmed = TrimmedSource(parent.source, parent.family, dims, chosen.kept)
+        graph = graphs.build(trimmed.config)
+        size = parent.source.tensor(parent.family.tensor("embed")).element_size()
+        removed = parent.graph.total_params - graph.total_params
+        free = shutil.disk_usage(folder.parent).free
+        if free < graph.total_params * size:
+            raise ConfigError(
+                f"{folder} needs {format_bytes(graph.total_params * size)}, its disk has "
+                f"{format_bytes(free)} free",
+                "free some space and run the same command again",
+            )
+        surgery.save(folder, trimmed, graph.shapes, extras=after)
+    return VocabTrimming(
+        sources=tuple(sources),
+        rows_before=dims.vocab,
+        rows_after=len(chosen.kept),
+        why=chosen.why,
+        params_removed=removed,
+        bytes_removed=removed * size,
+        growth=growth,
+        kept=vocabulary.write_runs(chosen.kept),
+        key=key,
+    )
+
+
+def describe(record: VocabTrimming) -> dict[str, Any]:
+    """The figures of a trimming that reports print; growth in percent."""
+    return {
+        "sources": list(record.sources),
+        "tokens_before": record.rows_before,
+        "tokens_after": record.rows_after,
+        "why": dict(record.why),
+        "parameters_removed": record.params_removed,
+        "bytes_removed": record.bytes_removed,
+        "growth": [
+            {
+                "text": g.text,
+                "tokens_before": g.tokens_before,
+                "tokens_after": g.tokens_after,
+                "percent": round(100 * (g.tokens_after / g.tokens_before - 1), 1) if g.tokens_before else 0.0,
+            }
+            for g in record.growth
+        ],
+    }
