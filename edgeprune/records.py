@@ -332,6 +332,57 @@ class PrunePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryPoint:
+    """The model on held-out rows after some steps of training."""
+
+    step: int
+    tokens: int  # read in training so far
+    seconds: float
+    kl: float  # nats per token to the dense parent, on its most likely tokens
+    loss: float  # of the language model, nats per token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryTry:
+    """A candidate of --recovery auto and how far it came."""
+
+    method: str
+    options: dict[str, str]
+    rate: float
+    seconds: float
+    tokens: int
+    kl: float  # best on the held-out rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryResult:
+    """What training after the cut came to; `kept` False: it made things worse, the weights are as before."""
+
+    kind: ClassVar[str] = "recovery_result"
+    method: str
+    options: dict[str, str]
+    objective: str
+    text: str  # origin of the training text
+    quantization: str | None  # type whose rounding was trained through
+    seed: int
+    rate: float
+    steps: int
+    tokens: int
+    seconds: float
+    stopped: str  # why training ended
+    validation_tokens: int
+    kl_before: float
+    kl_after: float  # of the weights that were kept
+    kept: bool
+    note: str
+    points: tuple[RecoveryPoint, ...]
+    weights: str | None  # changed tensors, relative to the run folder
+    weights_sha256: str | None
+    key: str
+    tried: tuple[RecoveryTry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanLadder:
     kind: ClassVar[str] = "plan_ladder"
     plans: tuple[PrunePlan, ...]  # weak to strong, the dense model first
@@ -549,6 +600,52 @@ class Candidate:
     error: str | None
     reason: str
     key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleText:
+    """What a model wrote behind one prompt, always taking the most likely token."""
+
+    prompt: str
+    text: str
+    tokens: int
+    ended: bool  # the model stopped by itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSet:
+    """Greedy outputs of one exported file, through the runtime it ships for."""
+
+    kind: ClassVar[str] = "sample_set"
+    source: str  # candidate id, or what the file is
+    chat: bool  # prompts were put into the model's chat template
+    rows: tuple[SampleText, ...]
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedKL:
+    """KL of a candidate less that of the selected one, on the same tokens, with its 95% interval."""
+
+    difference: float  # nats per token; above 0: worse than the selected one
+    low: float
+    high: float
+    paired: bool  # token by token; else from the two standard errors
+
+    @property
+    def tie(self) -> bool:
+        return self.low <= 0.0 <= self.high
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeSpeed:
+    """Predicted decode speed of one artifact in a power mode of the target, with its 80% band."""
+
+    mode: str
+    current: bool
+    decode_tps: float
+    decode_tps_low: float
+    decode_tps_high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from edgeprune.records import (
     Limit,
     MemoryResult,
     ModelGraph,
+    PairedKL,
     Profile,
     PrunePlan,
     QualityResult,
@@ -47,6 +49,7 @@ from edgeprune.records import (
     to_plain,
 )
 from edgeprune.report import build as report_build
+from edgeprune.report.answers import answers
 from edgeprune.units import format_bytes
 
 # ---------------------------------------------------------------- headers
@@ -534,7 +537,8 @@ def reselect(
     launch = None
     if picked is not None and picked.artifact is not None and picked.measured and picked.measured.flags:
         launch = report_build.launch_line(picked.artifact.path, picked.measured.flags)
-    return {
+    judged = {c.id: c for c in candidates if c.quality is not None}
+    again = {
         **report,
         "budget": {
             name: {"value": limit.value, "unit": limit.unit, "from": limit.source}
@@ -550,7 +554,13 @@ def reselect(
         "nearest": chosen.nearest,
         "missed": list(chosen.missed),
         "launch": launch,
+        "against_selected": to_plain(
+            against_selected(candidates, chosen.selected, _kl_arrays(run_dir, list(judged.values())))
+        ),
+        # predicted for the file that the run selected
+        "power_modes": report.get("power_modes", []) if chosen.selected == report["selected"] else [],
     }
+    return {**again, "answers": answers(again)}
 
 
 def _candidates(report: Mapping[str, Any], path: Path) -> list[Candidate]:
@@ -582,6 +592,32 @@ def _unmeasured(budget: Budget, candidate: Candidate) -> str:
     if missed:
         return "not measured; misses " + "; ".join(missed)
     return "not measured in this run; predicted to meet these limits: run the job again with them"
+
+
+def against_selected(
+    candidates: Sequence[Candidate], selected: str | None, arrays: Mapping[str, np.ndarray]
+) -> dict[str, PairedKL]:
+    """KL of every judged candidate less the selected one's, token by token where both arrays are known."""
+    chosen = next((c for c in candidates if c.id == selected), None)
+    if chosen is None or chosen.quality is None:
+        return {}
+    out = {}
+    for c in candidates:
+        if c.quality is None or c.id == chosen.id or c.error is not None:
+            continue
+        a, b = arrays.get(c.id), arrays.get(chosen.id)
+        if a is not None and b is not None and a.shape == b.shape:
+            pair = quality.paired_difference(a, b)
+            # one window has no spread: its t interval is not finite
+            if math.isfinite(pair.low) and math.isfinite(pair.high):
+                out[c.id] = PairedKL(difference=pair.difference, low=pair.low, high=pair.high, paired=True)
+                continue
+        difference = c.quality.kl - chosen.quality.kl
+        half = 1.96 * math.hypot(c.quality.kl_stderr, chosen.quality.kl_stderr)
+        out[c.id] = PairedKL(
+            difference=difference, low=difference - half, high=difference + half, paired=False
+        )
+    return out
 
 
 def _tie(run_dir: Path, candidates: Sequence[Candidate]) -> selection.Tie:

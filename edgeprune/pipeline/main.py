@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
-from edgeprune.pipeline import bundling, costing, device_loop, light, prepare, refine
+from edgeprune.pipeline import bundling, costing, device_loop, findings, light, prepare, refine, trimming
 from edgeprune.pipeline import lane as lanes
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import Lane
@@ -33,6 +34,7 @@ from edgeprune.records import (
     Predicted,
     Profile,
     QualitySummary,
+    SampleSet,
     Selection,
     make_key,
 )
@@ -76,6 +78,8 @@ class RunOptions:
     llama_bench: str | None = None  # on the device
     keep_remote: bool = False
     sustained_s: float = 60.0  # of decoding on a device, behind the repeats
+    trim_vocab: tuple[str, ...] = ()  # texts or languages whose tokens stay; empty: all stay
+    trim_check: str | None = None
 
 
 def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
@@ -103,6 +107,8 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     for text in (options.calibration, options.eval_text):
         if text is not None:
             data.read_text(text)  # a wrong name is found now, not after the model has been read
+    trim = trimming.Trim(options.trim_vocab, options.trim_check)
+    trimming.check(trim)
     for library, extra in _NEEDED:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, extra)
@@ -134,7 +140,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
         )
         if took:
             progress.say(took)
-        parent = open_parent(options.model, folder)
+        parent = trimming.trim(folder, open_parent(options.model, folder), trim, progress)
         if profile.workload.context_tokens > parent.graph.dims.max_context:
             raise ConfigError(
                 f"profile {profile.name} needs a context of {profile.workload.context_tokens} tokens, "
@@ -225,6 +231,7 @@ class _Job:
     quantizations: tuple[str, ...]
     progress: Progress
     device: device_loop.DeviceBench
+    parent_sample: SampleSet | None = None
 
     @property
     def on_target(self) -> bool:
@@ -345,8 +352,46 @@ class _Job:
                 (r.quality.dense_perplexity for r in results if r.quality is not None), None
             ),
             "plans": ladder.plans,
+            "vocabulary": trimming.describe(self.parent.vocabulary) if self.parent.vocabulary else None,
+            **self._findings(shop, results, candidates, chosen),
         }
         return candidates, chosen, context
+
+    def _findings(
+        self,
+        shop: lanes.Workshop,
+        results: list[lanes.LaneResult],
+        candidates: list[Candidate],
+        chosen: Selection,
+    ) -> dict[str, Any]:
+        """What the report says beside the choice."""
+        judged = {r.lane.id: r.quality for r in results if r.quality is not None}
+        arrays = {name: load_file(shop.kl_arrays(q))["kl"] for name, q in judged.items()}
+        taken = next((c for c in candidates if c.id == chosen.selected), None)
+        dims = next((r.lane.plan.dims for r in results if r.lane.id == chosen.selected), None)
+        path = self.folder.path(taken.artifact.path) if taken and taken.artifact else None
+        modes = (
+            findings.power_modes(self.target, self.options.mode, taken, path, dims, self.profile.workload)
+            if dims is not None
+            else ()
+        )
+        outputs = [self.parent_sample] if self.parent_sample else []
+        for c in findings.shown(candidates, chosen):
+            assert c.artifact is not None and c.measured is not None and c.measured.flags is not None
+            found = findings.sample(
+                *(self.folder, self.parent, self.progress),
+                functools.partial(self.folder.path, c.artifact.path),
+                source=c.id,
+                made_from=c.artifact.sha256,
+                kv_type=c.measured.flags.kv_type,
+                threads=shop.threads,
+            )
+            outputs += [found] if found else []
+        return {
+            "against_selected": light.against_selected(candidates, chosen.selected, arrays),
+            "power_modes": modes,
+            "samples": outputs,
+        }
 
     def _compensated(self, ladder: PlanLadder, text: refine.Text | None) -> PlanLadder:
         """The same plans under keys that say what their weights are solved on."""
@@ -419,6 +464,15 @@ class _Job:
         if work:
             with self.progress.stage("measure candidates", len(work) + 1) as bar:
                 shop.make_reference(dense)
+                # taken now: the F16 file may be gone once its lanes are done
+                self.parent_sample = findings.sample(
+                    *(self.folder, self.parent, self.progress),
+                    lambda: self.folder.path(shop.verified_master(dense).path),
+                    source=findings.PARENT,
+                    made_from=self.parent.key,
+                    kv_type="f16",
+                    threads=shop.threads,
+                )
                 bar.advance()
                 by_plan: dict[str, list[Lane]] = {}
                 for lane in work:

@@ -25,6 +25,7 @@ from edgeprune.records import (
     Selection,
     to_plain,
 )
+from edgeprune.report.answers import answers
 
 _LIBRARIES = (
     *("torch", "transformers", "safetensors", "gguf", "llama-cpp-python", "numpy"),
@@ -111,7 +112,7 @@ def build(
     if picked is not None and picked.artifact is not None and picked.measured is not None:
         flags = picked.measured.flags
         launch = launch_line(picked.artifact.path, flags) if flags else None
-    return {
+    report = {
         "kind": "report",
         "schema": SCHEMA,
         "command": list(command),
@@ -125,6 +126,7 @@ def build(
             "license": license_name,
             "key": parent_key,
         },
+        "vocabulary": context.get("vocabulary"),
         "target": to_plain(target),
         "target_choice": context.get("target_choice"),
         "profile": to_plain(profile),
@@ -142,7 +144,12 @@ def build(
         "nearest": chosen.nearest,
         "missed": list(chosen.missed),
         "launch": launch,
+        "against_selected": to_plain(context.get("against_selected", {})),
+        "power_modes": to_plain(context.get("power_modes", ())),
+        "samples": to_plain(context.get("samples", ())),
     }
+    report["answers"] = answers(report)
+    return report
 
 
 def write(folder: rundir.RunDir, report: Mapping[str, Any]) -> None:

@@ -27,6 +27,14 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
         f"for {target['name']}, profile {profile['name']} (context {workload['context_tokens']} tokens)",
         soft_wrap=True,
     )
+    trimmed = report.get("vocabulary")
+    if trimmed:
+        worst = max(trimmed["growth"], key=lambda row: row["percent"], default=None)
+        grown = f"; text grows by up to {worst['percent']:.0f}% tokens ({worst['text']})" if worst else ""
+        console.print(
+            f"vocabulary: {trimmed['tokens_after']:,} of {trimmed['tokens_before']:,} tokens{grown}",
+            soft_wrap=True,
+        )
     for name, limit in report["budget"].items():
         shown = (
             format_bytes(limit["value"])

@@ -422,6 +422,53 @@ def _save_arrays(path: str, arrays: dict[str, Any]) -> None:
     save_file(arrays, path)
 
 
+# ---------------------------------------------------------------- generate
+
+
+def generate(args: dict[str, Any]) -> dict[str, Any]:
+    """Continue each prompt greedily, at most `n_new` tokens; an end-of-text token ends one sooner."""
+    flags = args["flags"]
+    session = _Session(_Engine(), args["path"], flags, threads=args["threads"])
+    room = session.n_ctx - args["n_new"]
+    rows = []
+    for text in args["prompts"]:
+        tokens = _tokenize(session, text)
+        if not 0 < len(tokens) <= room:
+            raise JobError(f"a prompt of {len(tokens)} tokens does not fit into {room} tokens")
+        session.clear()
+        session.prompt(tokens)
+        pieces, ended = [], False
+        for _ in range(args["n_new"]):
+            token = int(session.logits(1)[0].argmax())
+            if session.lib.llama_vocab_is_eog(_vocabulary(session), token):
+                ended = True
+                break
+            pieces.append(_piece(session, token))
+            session.feed([token])
+        text = b"".join(pieces).decode("utf-8", "replace")
+        rows.append({"text": text, "tokens": len(pieces), "ended": ended})
+    return {"rows": rows}
+
+
+def _vocabulary(session: _Session) -> Any:
+    return session.lib.llama_model_get_vocab(session.model)
+
+
+def _tokenize(session: _Session, text: str) -> list[int]:
+    data = text.encode()
+    room = (session.lib.llama_token * (len(data) + 8))()
+    n = session.lib.llama_tokenize(_vocabulary(session), data, len(data), room, len(room), True, True)
+    if n < 0:
+        raise JobError("llama.cpp cannot tokenize a prompt")
+    return list(room[:n])
+
+
+def _piece(session: _Session, token: int) -> bytes:
+    room = ctypes.create_string_buffer(512)
+    n = session.lib.llama_token_to_piece(_vocabulary(session), token, room, len(room), 0, False)
+    return room.raw[: max(0, n)]
+
+
 # ---------------------------------------------------------------- quantize
 
 
@@ -476,6 +523,7 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "reference": reference,
     "quality": quality,
     "quantize": quantize,
+    "generate": generate,
 }
 
 

@@ -232,6 +232,39 @@ def quality(
     return TokenQuality(**load_file(arrays))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Continued:
+    """What a model wrote behind one prompt; `ended`: it said so itself, else it was cut off."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def generate(
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    n_new: int,
+    flags: LaunchFlags,
+    threads: int = 1,
+    timeout_s: float = 1800.0,
+) -> tuple[Continued, ...]:
+    """Continue prompts greedily, each on an empty cache. Special tokens in a prompt count as such."""
+    answer = _run(
+        "generate",
+        {
+            "path": _absolute(path),
+            "prompts": list(prompts),
+            "n_new": n_new,
+            "flags": to_plain(flags),
+            "threads": threads,
+        },
+        timeout_s,
+    )
+    return tuple(Continued(**row) for row in answer["rows"])
+
+
 def quantize(
     master: Path,
     out: Path,

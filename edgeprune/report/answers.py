@@ -1,0 +1,321 @@
+"""What a person needs to hear beside the headline, each with the figures behind it. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeprune.units import format_bytes
+
+Row = Mapping[str, Any]
+
+# beyond either, a candidate has lost what a reader notices at once
+KEPT_KL = 0.5  # nats per token
+KEPT_PERPLEXITY = 1.5  # times the dense model's
+WORTH_A_MODE = 1.1  # times the speed of the mode in use
+LARGE_FLOATS = ("F16", "F32", "BF16")
+
+
+def answers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every answer that holds for a report, most important first: `code`, `text` and `figures`."""
+    chosen = next((c for c in report["candidates"] if c["id"] == report["selected"]), None)
+    out: list[dict[str, Any] | None] = []
+    if chosen is None:
+        out.append(_nothing_fits(report))
+    elif chosen["ratio"] == 0:
+        out += [_do_not_prune(report, chosen), _use_instead(report, chosen)]
+    else:
+        out.append(_prune(report, chosen))
+    if chosen is not None:
+        out += [
+            _quality_lost(report, chosen),
+            _confidence(report, chosen),
+            _power_mode(report),
+            _speed_unknown(report, chosen),
+        ]
+    return [one for one in out if one is not None]
+
+
+def _answer(code: str, text: str, **figures: Any) -> dict[str, Any]:
+    return {"code": code, "text": text, "figures": figures}
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def _able(report: Mapping[str, Any]) -> list[Row]:
+    return [
+        c
+        for c in report["candidates"]
+        if c["error"] is None and c["quality"] is not None and c["meets"] and all(c["meets"].values())
+    ]
+
+
+def _kl(candidate: Row) -> float:
+    return float(candidate["quality"]["kl"])
+
+
+def _pm(candidate: Row) -> str:
+    return f"KL {_kl(candidate):.4f}±{candidate['quality']['kl_stderr']:.4f}"
+
+
+def _file(candidate: Row) -> int:
+    found = candidate["artifact"]["bytes"] if candidate["artifact"] else candidate["predicted"]["file_bytes"]
+    return int(found)
+
+
+def _best_pruned(report: Mapping[str, Any]) -> Row | None:
+    pruned = [c for c in _able(report) if c["ratio"] > 0]
+    return min(pruned, key=_kl) if pruned else None
+
+
+def _peak(candidate: Row) -> tuple[int, str]:
+    """Memory that counts against the limit, and whether it was measured."""
+    predicted, measured = candidate["predicted"], candidate["measured"]
+    if measured is not None and measured["peak_memory_bytes"] is not None:
+        return measured["peak_memory_bytes"] + predicted.get("runtime_bytes", 0), "measured"
+    return predicted["peak_memory_bytes"], "predicted"
+
+
+def _smallest_dense(report: Mapping[str, Any]) -> Row | None:
+    dense = [c for c in report["candidates"] if c["ratio"] == 0 and c["error"] is None]
+    return min(dense, key=lambda c: _peak(c)[0]) if dense else None
+
+
+# ---------------------------------------------------------------- what to do
+
+
+def _do_not_prune(report: Mapping[str, Any], chosen: Row) -> dict[str, Any]:
+    rival = _best_pruned(report)
+    if rival is None:
+        return _answer(
+            "do-not-prune",
+            f"Do not prune: {chosen['id']} meets every limit ({_pm(chosen)}). "
+            "No pruned candidate was measured that does.",
+            selected=chosen["id"],
+            kl=_kl(chosen),
+            kl_stderr=chosen["quality"]["kl_stderr"],
+        )
+    return _answer(
+        "do-not-prune",
+        f"Do not prune: {chosen['id']} has {_pm(chosen)} nats per token; the best pruned candidate that "
+        f"meets the limits, {rival['id']}, has {_pm(rival)}.",
+        selected=chosen["id"],
+        kl=_kl(chosen),
+        kl_stderr=chosen["quality"]["kl_stderr"],
+        rival=rival["id"],
+        rival_kl=_kl(rival),
+        rival_kl_stderr=rival["quality"]["kl_stderr"],
+    )
+
+
+def _use_instead(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | None:
+    quantization = chosen["quantization"]
+    if quantization in LARGE_FLOATS:
+        return None
+    if quantization.endswith(" as given"):
+        return _answer(
+            "keep-the-file",
+            f"Keep the file as it is: {quantization.removesuffix(' as given')} already fits, and "
+            "quantizing it again only loses quality.",
+            quantization=quantization,
+            file_bytes=_file(chosen),
+        )
+    rival = _best_pruned(report)
+    text = f"Use {quantization} instead of pruning: a file of {format_bytes(_file(chosen))}"
+    if rival is not None:
+        text += f", where {rival['id']} takes {format_bytes(_file(rival))}"
+    return _answer(
+        "use-quantization",
+        text + ".",
+        quantization=quantization,
+        file_bytes=_file(chosen),
+        rival=None if rival is None else rival["id"],
+        rival_file_bytes=None if rival is None else _file(rival),
+    )
+
+
+def _prune(report: Mapping[str, Any], chosen: Row) -> dict[str, Any]:
+    dense = [c for c in _able(report) if c["ratio"] == 0]
+    if dense:
+        rival = min(dense, key=_kl)
+        return _answer(
+            "prune",
+            f"Prune: {chosen['id']} has {_pm(chosen)} nats per token; the best dense candidate that "
+            f"meets the limits, {rival['id']}, has {_pm(rival)}.",
+            selected=chosen["id"],
+            kl=_kl(chosen),
+            kl_stderr=chosen["quality"]["kl_stderr"],
+            rival=rival["id"],
+            rival_kl=_kl(rival),
+            rival_kl_stderr=rival["quality"]["kl_stderr"],
+        )
+    text = f"Prune: {chosen['id']} has {_pm(chosen)} nats per token; no dense candidate meets the limits."
+    figures: dict[str, Any] = {}
+    smallest = _smallest_dense(report)
+    limit = report["budget"].get("memory")
+    if smallest is not None and limit is not None:
+        peak, how = _peak(smallest)
+        if peak > limit["value"]:
+            text += (
+                f" The smallest, {smallest['id']}, needs {format_bytes(peak)} ({how}), "
+                f"{format_bytes(peak - limit['value'])} more than the limit."
+            )
+            figures = {"smallest_dense": smallest["id"], "smallest_dense_bytes": peak, "bytes_are": how}
+    return _answer(
+        "prune",
+        text,
+        selected=chosen["id"],
+        kl=_kl(chosen),
+        kl_stderr=chosen["quality"]["kl_stderr"],
+        rival=None,
+        **figures,
+    )
+
+
+def _nothing_fits(report: Mapping[str, Any]) -> dict[str, Any]:
+    limit = report["budget"].get("memory")
+    working = [c for c in report["candidates"] if c["error"] is None]
+    smallest = min(working, key=lambda c: _peak(c)[0], default=None)
+    text, figures = "Nothing fits the limits.", dict[str, Any]()
+    if smallest is not None and limit is not None:
+        peak, how = _peak(smallest)
+        figures = {"smallest": smallest["id"], "smallest_bytes": peak, "bytes_are": how}
+        if peak > limit["value"]:
+            text += f" The smallest candidate, {smallest['id']}, needs {format_bytes(peak)} ({how})."
+        dense = _smallest_dense(report)
+        if dense is not None and _peak(dense)[0] > limit["value"]:
+            needs, how = _peak(dense)
+            text += f" The smallest without pruning, {dense['id']}, needs {format_bytes(needs)} ({how})."
+            figures |= {"smallest_dense": dense["id"], "smallest_dense_bytes": needs}
+    return _answer("nothing-fits", text, nearest=report.get("nearest"), **figures)
+
+
+# ---------------------------------------------------------------- what to expect
+
+
+def _quality_lost(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | None:
+    quality, dense = chosen["quality"], report["dense_perplexity"]
+    times = None if not dense else quality["perplexity"] / dense
+    if quality["kl"] <= KEPT_KL and (times is None or times <= KEPT_PERPLEXITY):
+        return None
+    text = "This budget is below what keeps quality: expect "
+    if times is not None:
+        text += f"perplexity {quality['perplexity']:.2f} where the dense model has {dense:.2f} "
+        text += f"({times:.1f} times), and "
+    other = 100 * (1 - quality["agreement"])
+    text += f"another first choice than the dense model's at {other:.0f}% of the tokens."
+    better = _would_keep(report)
+    figures: dict[str, Any] = {}
+    if better is not None:
+        peak, how = _peak(better)
+        figures = {"dense": better["id"], "dense_bytes": peak, "bytes_are": how}
+        text += f" Without pruning, {better['id']} needs {format_bytes(peak)} of memory ({how})."
+    return _answer(
+        "below-quality",
+        text,
+        kl=quality["kl"],
+        perplexity=quality["perplexity"],
+        dense_perplexity=dense,
+        agreement=quality["agreement"],
+        kept_below_kl=KEPT_KL,
+        kept_below_times_perplexity=KEPT_PERPLEXITY,
+        **figures,
+    )
+
+
+def _would_keep(report: Mapping[str, Any]) -> Row | None:
+    """The smallest dense candidate beyond the memory limit."""
+    limit = report["budget"].get("memory")
+    smallest = _smallest_dense(report)
+    if limit is None or smallest is None or _peak(smallest)[0] <= limit["value"]:
+        return None
+    return smallest
+
+
+def _confidence(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | None:
+    """How sure the order of quality is, against the nearest candidate that meets the limits."""
+    against: Mapping[str, Row] = report.get("against_selected") or {}
+    rivals = [c for c in _able(report) if c["id"] in against]
+    if not rivals:
+        return None
+    tied = [c for c in rivals if against[c["id"]]["low"] <= 0 <= against[c["id"]]["high"]]
+    nearest = min(tied or rivals, key=lambda c: abs(against[c["id"]]["difference"]))
+    pair = against[nearest["id"]]
+    span = f"KL difference {pair['difference']:+.4f}, 95% interval {pair['low']:+.4f} to {pair['high']:+.4f}"
+    text = f"on {chosen['quality']['tokens']} tokens"
+    figures = {
+        "rival": nearest["id"],
+        **{name: pair[name] for name in ("difference", "low", "high", "paired")},
+        "tokens": chosen["quality"]["tokens"],
+    }
+    if tied:
+        names = _names([c["id"] for c in tied])
+        return _answer(
+            "cannot-tell",
+            f"Quality of {chosen['id']} and {names} cannot be told apart {text}: "
+            f"against {nearest['id']}, {span}.",
+            tied=[c["id"] for c in tied],
+            **figures,
+        )
+    word = "worse" if pair["difference"] > 0 else "better"
+    return _answer(
+        "sure",
+        f"The nearest in quality, {nearest['id']}, is {word} beyond the error {text}: {span}.",
+        **figures,
+    )
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = list(names[:3]) + ([f"{len(names) - 3} more"] if len(names) > 3 else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _power_mode(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    modes: Sequence[Row] = report.get("power_modes") or ()
+    now = next((m for m in modes if m["current"]), None)
+    if now is None:
+        return None
+    best = max(modes, key=lambda m: float(m["decode_tps"]))
+    times = best["decode_tps"] / now["decode_tps"]
+    if times < WORTH_A_MODE:
+        return None
+
+    def speed(mode: Row) -> str:
+        return (
+            f"{mode['decode_tps']:.0f} ({mode['decode_tps_low']:.0f}-{mode['decode_tps_high']:.0f}) tokens/s"
+        )
+
+    overlap = best["decode_tps_low"] <= now["decode_tps_high"]
+    text = (
+        f"The board would decode {times:.1f}x as fast in power mode {best['mode']}: {speed(best)} predicted, "
+        f"against {speed(now)} in {now['mode']}"
+    )
+    text += ". The 80% bands overlap: measure before relying on it." if overlap else " (80% bands)."
+    return _answer(
+        "power-mode",
+        text,
+        mode=best["mode"],
+        times=times,
+        predicted_tps=best["decode_tps"],
+        predicted_tps_low=best["decode_tps_low"],
+        predicted_tps_high=best["decode_tps_high"],
+        current_mode=now["mode"],
+        current_predicted_tps=now["decode_tps"],
+        bands_overlap=overlap,
+    )
+
+
+def _speed_unknown(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | None:
+    measured, predicted = chosen["measured"], chosen["predicted"]
+    if measured is None or measured["decode_tps"] is not None or predicted["decode_tps"] is None:
+        return None
+    low, high = predicted["decode_tps_low"], predicted["decode_tps_high"]
+    return _answer(
+        "speed-predicted",
+        f"Speed was not measured on {report['target']['name']}: {low:.0f} to {high:.0f} tokens/s are "
+        "predicted (80% band). With --device ssh://user@host the board itself is measured.",
+        predicted_tps=predicted["decode_tps"],
+        predicted_tps_low=low,
+        predicted_tps_high=high,
+    )
