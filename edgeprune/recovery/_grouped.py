@@ -241,8 +241,8 @@ def as_stored(weight: torch.Tensor, type_name: str, *, name: str = "weight") -> 
 
 def _quantize_by_ggml(values: np.ndarray, type_name: str) -> np.ndarray:
     """Types that only the runtime itself can write (K-quants)."""
-    lib = _library("llama_cpp")._ggml.libggml
-    call = lib.ggml_quantize_chunk
+    _library("llama_cpp")
+    call = importlib.import_module("llama_cpp._ggml").libggml.ggml_quantize_chunk
     call.restype = ctypes.c_size_t
     pointer = ctypes.POINTER(ctypes.c_float)
     call.argtypes = [ctypes.c_int, pointer, ctypes.c_void_p, *[ctypes.c_int64] * 3, pointer]

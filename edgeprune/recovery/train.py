@@ -161,10 +161,13 @@ class Trainer:
             for group in self.attached.groups()
             if group.params
         ]
+        self.device = self.accelerator.device
+        self.params = [p for group in groups for p in group["params"]]
+        self.model, self.optimizer = model.to(self.device), None
+        if not groups:
+            return
         plain = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
         self.model, self.optimizer = self.accelerator.prepare(model, plain)
-        self.params = [p for group in groups for p in group["params"]]
-        self.device = self.accelerator.device
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
@@ -418,6 +421,7 @@ class Trainer:
         if self.training.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.eval()
-        self.optimizer.optimizer.state.clear()
+        if self.optimizer is not None:
+            self.optimizer.optimizer.state.clear()
         self.accelerator.free_memory()
         del self.model, self.optimizer
