@@ -29,6 +29,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    "edgeprune_vocab.json",  # which tokens left
 )
 
 

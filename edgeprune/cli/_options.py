@@ -168,6 +168,28 @@ def refine_options(command: F) -> F:
     return command
 
 
+def trim_options(command: F) -> F:
+    """Add --trim-vocab and --trim-check."""
+    for decorate in (
+        click.option(
+            "--trim-check",
+            metavar="FILE|DATASET",
+            help="Text whose tokens are counted before and after trimming. Default: samples in ten languages "
+            "and code.",
+        ),
+        click.option(
+            "--trim-vocab",
+            "trim_vocab",
+            multiple=True,
+            metavar="FILE|DATASET|languages:en,de",
+            help="Keep only the tokens that this text, or text in these languages, needs; may be repeated. "
+            "Bytes and special tokens stay, so everything can still be written.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def out_option(metavar: str, text: str) -> Callable[[F], F]:
     """Add the required `--out` with its own help."""
     return click.option("--out", type=click.Path(path_type=Path), metavar=metavar, required=True, help=text)
@@ -181,3 +203,108 @@ def given_on_command_line(ctx: click.Context, names: tuple[str, ...]) -> list[st
         for p in ctx.command.params
         if p.name in names and ctx.get_parameter_source(p.name) == source
     ]
+
+
+def recovery_options(default: str) -> Callable[[F], F]:
+    """Add --recovery and what belongs to it; `recovery_recipe` turns the values into a recipe."""
+
+    def decorate_all(command: F) -> F:
+        for decorate in (
+            click.option(
+                "--recovery-batch",
+                type=click.IntRange(min=1),
+                default=8,
+                show_default=True,
+                metavar="N",
+                help="Windows of a training step, over all processes.",
+            ),
+            click.option(
+                "--recovery-length",
+                type=click.IntRange(min=8),
+                default=256,
+                show_default=True,
+                metavar="T",
+                help="Tokens of a training window.",
+            ),
+            click.option(
+                "--recovery-rate",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="X",
+                help="Learning rate.",
+            ),
+            click.option(
+                "--recovery-objective",
+                type=click.Choice(["distill", "lm"]),
+                default="distill",
+                show_default=True,
+                help="distill: KL to the dense parent; lm: the plain loss on the text.",
+            ),
+            click.option(
+                "--recovery-samples",
+                type=click.IntRange(min=2),
+                default=256,
+                show_default=True,
+                metavar="N",
+                help="Windows that the parent writes, at most, where no text is given.",
+            ),
+            click.option(
+                "--recovery-data",
+                metavar="FILE|DATASET",
+                help="Training text: plain, .jsonl with 'text', or instruction records. Default: written by "
+                "the dense parent.",
+            ),
+            click.option(
+                "--recovery-tokens",
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="End after this many tokens of training. Default: --recovery-minutes 10.",
+            ),
+            click.option(
+                "--recovery-minutes",
+                type=click.FloatRange(min=0, min_open=True),
+                metavar="X",
+                help="End after this time, writing the text included.",
+            ),
+            click.option(
+                "--recovery-option",
+                "recovery_switches",
+                multiple=True,
+                metavar="KEY=VALUE",
+                callback=_pairs,
+                help="Switch of the method, such as rank=32; may be repeated.",
+            ),
+            click.option(
+                "--recovery",
+                metavar="METHOD",
+                default=default,
+                show_default=True,
+                help="auto: the minutes go where the KL falls; lora, group, full or none.",
+            ),
+        ):
+            command = decorate(command)
+        return command
+
+    return decorate_all
+
+
+def recovery_recipe(given: dict[str, Any], *, seed: int) -> Any:
+    """The RecoveryRecipe of these options, or None for --recovery none. Raises ConfigError."""
+    from edgeprune.recovery.recipe import DEFAULT_MINUTES, RecoveryRecipe, check
+
+    minutes, tokens = given["recovery_minutes"], given["recovery_tokens"]
+    recipe = RecoveryRecipe(
+        method=given["recovery"],
+        options=given["recovery_switches"],
+        objective=given["recovery_objective"],
+        minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
+        tokens=tokens,
+        data=given["recovery_data"],
+        samples=given["recovery_samples"],
+        length=given["recovery_length"],
+        batch=given["recovery_batch"],
+        rate=given["recovery_rate"],
+        quantization=given.get("recovery_quantization"),
+        seed=seed,
+    )
+    check(recipe)
+    return recipe

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.cli._output import echo_json, echo_pairs, stability_pairs
+from edgeprune.units import format_bytes
 
 
 def echo_plan(
@@ -32,9 +33,21 @@ def echo_plan(
         ("KV groups", _widths(figures, 1)),
         ("FFN width", _widths(figures, 2)),
     ]
+    if "vocabulary" in figures:
+        pairs += vocabulary_pairs(figures["vocabulary"])
     if figures["binding"]:
         pairs.append(("held back by", figures["binding"]))
     echo_pairs([*pairs, *(stability_pairs(scores) if scores else ()), ("written to", str(path))])
+
+
+def vocabulary_pairs(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines on a trimmed vocabulary: tokens, and by how much other text grows."""
+    grown = [f"{row['text']} {row['percent']:+.1f}%" for row in figures["growth"]]
+    return [
+        ("tokens", f"{figures['tokens_after']:,} of {figures['tokens_before']:,}"),
+        ("saved there", format_bytes(figures["bytes_removed"])),
+        ("tokens of text", ", ".join(grown)),
+    ]
 
 
 def _widths(figures: dict[str, Any], column: int) -> str:

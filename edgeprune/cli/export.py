@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from edgeprune.cli._options import model_argument, out_option
+from edgeprune.cli._options import model_argument, out_option, trim_options
 from edgeprune.cli._output import echo_pairs
+from edgeprune.cli._plans import vocabulary_pairs
 
 
 @click.command()
@@ -32,6 +33,7 @@ from edgeprune.cli._output import echo_pairs
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to quantize and verify with."
 )
+@trim_options
 @out_option(
     "FILE.gguf|FOLDER", "Where it goes: a .gguf file or an ONNX folder; an older one there is replaced."
 )
@@ -43,6 +45,8 @@ def command(
     no_verify: bool,
     seed: int,
     threads: int | None,
+    trim_vocab: tuple[str, ...],
+    trim_check: str | None,
     out: Path,
 ) -> None:
     """Export MODEL, pruned or not, and compare its logits with torch's on 256 tokens.
@@ -54,10 +58,11 @@ def command(
     Examples:
       edgeprune export pruned --format gguf --quantization Q4_0 --out pruned.gguf
       edgeprune export pruned --format onnx --quantization int4 --out pruned-onnx
+      edgeprune export ./my-model --trim-vocab my-text.txt --out small.gguf
     """
     # help must not load torch
     from edgeprune.cli._progress import open_progress
-    from edgeprune.pipeline import stages
+    from edgeprune.pipeline import stages, trimming
 
     with open_progress() as progress:
         made = stages.export(
@@ -69,6 +74,7 @@ def command(
             check=not no_verify,
             seed=seed,
             threads=threads,
+            trim=trimming.Trim(trim_vocab, trim_check),
             progress=progress,
         )
     checked = "not verified"
@@ -84,6 +90,7 @@ def command(
             ("predicted", f"{made.predicted_bytes:,} bytes"),
             ("real", f"{made.bytes:,} bytes"),
             ("verified", checked),
+            *(vocabulary_pairs(trimming.describe(made.vocabulary)) if made.vocabulary else ()),
             ("sha256", made.sha256),
             ("written to", str(out)),
         ]

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from edgeprune import __version__, registry
-from edgeprune.cli._options import calibration_seeds_option, metric_option_option
+from edgeprune.cli._options import calibration_seeds_option, metric_option_option, trim_options
 from edgeprune.config.targets import list_targets
 from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError
 from edgeprune.units import BYTE_UNITS, parse_bytes
@@ -171,6 +171,7 @@ class _Verbs(click.Group):
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
 )
 @calibration_seeds_option
+@trim_options
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to use. Default: the best found."
 )
@@ -234,6 +235,8 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         llama_bench=given["llama_bench"],
         keep_remote=given["keep_remote"],
         sustained_s=given["sustained"],
+        trim_vocab=given["trim_vocab"],
+        trim_check=given["trim_check"],
         command=tuple(["edgeprune", *ctx.obj]),
     )
     with open_progress() as progress:

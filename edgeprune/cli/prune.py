@@ -15,6 +15,7 @@ from edgeprune.cli._options import (
     model_argument,
     out_option,
     refine_options,
+    trim_options,
 )
 from edgeprune.cli._output import format_option
 from edgeprune.errors import ConfigError
@@ -38,6 +39,8 @@ _DECIDED = (
     "steps",
     "blocks",
     "rechoose",
+    "trim_vocab",
+    "trim_check",
 )
 
 
@@ -57,6 +60,7 @@ _DECIDED = (
 @cut_options
 @refine_options
 @calibration_options
+@trim_options
 @out_option("DIR", "New Hugging Face folder; an earlier result of this verb is replaced.")
 @format_option
 @click.pass_context
@@ -81,6 +85,8 @@ def command(
     length: int,
     seed: int,
     calibration_seeds: int,
+    trim_vocab: tuple[str, ...],
+    trim_check: str | None,
     out: Path,
     form: str,
 ) -> None:
@@ -93,6 +99,7 @@ def command(
       edgeprune prune ./my-model --metric llm-bip --ratio 0.2 --out pruned
       edgeprune prune ./my-model --ratio 0.2 --calibration text.txt --allocator uniform --out pruned
       edgeprune prune ./my-model --plan plan.json --out pruned
+      edgeprune prune ./my-model --ratio 0 --trim-vocab languages:en,de --out trimmed
     """
     if (ratio is None) == (plan_file is None):
         raise ConfigError("give either --ratio or --plan", "--ratio 0.2, or --plan plan.json")
@@ -102,15 +109,15 @@ def command(
     # help must not load torch
     from edgeprune.cli._plans import echo_plan
     from edgeprune.cli._progress import open_progress
-    from edgeprune.pipeline import light, stages
+    from edgeprune.pipeline import light, stages, trimming
 
-    figures = None
+    figures = vocabulary = None
     with open_progress() as progress:
         if plan_file is not None:
             made, before = stages.prune_to_plan(model, out, plan_file=plan_file, progress=progress)
         else:
             assert ratio is not None
-            made, before, scores = stages.prune(
+            made, before, scores, vocabulary = stages.prune(
                 model,
                 out,
                 metric_name=metric,
@@ -134,7 +141,11 @@ def command(
                     compensation=compensation,
                     compensation_samples=compensation_samples,
                 ),
+                trim=trimming.Trim(trim_vocab, trim_check),
                 progress=progress,
             )
-            figures = light.describe_scores(scores)
-    echo_plan(light.describe_plan(made, before), out, form, scores=figures)
+            figures = light.describe_scores(scores) if scores else None
+    described = light.describe_plan(made, before)
+    if vocabulary is not None:
+        described = trimming.with_vocabulary(described, vocabulary)
+    echo_plan(described, out, form, scores=figures)

@@ -32,7 +32,7 @@ from edgeprune.devices import local
 from edgeprune.errors import ConfigError, StageError
 from edgeprune.exporters import gguf
 from edgeprune.metrics.base import Metric, is_sequential
-from edgeprune.pipeline import light, prepare, refine
+from edgeprune.pipeline import light, prepare, refine, trimming
 from edgeprune.pipeline.lane import VERIFY_TOKENS, verify_flags
 from edgeprune.pipeline.parent import Parent, open_parent
 from edgeprune.planner import PlanSpace
@@ -42,6 +42,7 @@ from edgeprune.records import (
     ModelGraph,
     PrunePlan,
     TokenSet,
+    VocabTrimming,
     dumps,
 )
 from edgeprune.runtimes import llama_cpp
@@ -49,6 +50,7 @@ from edgeprune.runtimes import llama_cpp
 PLAN_FILE = "edgeprune_plan.json"
 IMATRIX_WINDOWS = 32
 IMATRIX_TOKENS = 512
+NO_TRIM = trimming.Trim()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,18 +208,20 @@ def prune(
     metric_options: Mapping[str, str],
     on: Calibration,
     cut: Cut,
+    trim: trimming.Trim = NO_TRIM,
     progress: Progress,
-) -> tuple[PrunePlan, ModelGraph, ImportanceScores]:
+) -> tuple[PrunePlan, ModelGraph, ImportanceScores | None, VocabTrimming | None]:
     """Calibrate, score, plan and cut; `out` becomes a Hugging Face folder with its plan inside.
 
-    Returns the plan, the dense graph and the record of the scores. Raises InfeasibleError with the highest
-    reachable ratio.
+    Returns the plan, the dense graph, the record of the scores (none for ratio 0) and of the vocabulary
+    (none where it is whole). Raises InfeasibleError with the highest reachable ratio.
     """
     out = out.absolute()
     _check_out_folder(out, model)
     metric, options = prepare.load_metric(metric_name, metric_options)
+    trimming.check(trim)
     with scratch(out) as run:
-        parent = open_parent(model, run)
+        parent = trimming.trim(run, open_parent(model, run), trim, progress)
         space = PlanSpace(
             graph=parent.graph,
             scores={},
@@ -238,6 +242,10 @@ def prune(
             raise ConfigError("--rechoose is part of --compensation ridge, in one step", "leave it out")
         if cut.steps > 1 and is_sequential(options):
             raise ConfigError(f"{metric.name} sequential=yes scores in one pass", "use --steps 1")
+        if cut.ratio == 0:
+            plan = planner.plan_ratio(space, "uniform", 0.0)
+            _cut(run, parent, plan, out, progress)
+            return plan, parent.graph, None, parent.vocabulary
         tokens = prepare.Tokens(run, parent, progress)
         text = None
         curves = planner.load_allocator(cut.allocator).curves
@@ -280,7 +288,7 @@ def prune(
         plan = refine.compensated_plan(plan, cut.compensation, text.key if text else "")
         source = source or refine.source_of(run, parent, plan, text, progress)
         _cut(run, parent, plan, out, progress, source)
-        return plan, parent.graph, record
+        return plan, parent.graph, record, parent.vocabulary
 
 
 def _in_steps(
@@ -380,6 +388,7 @@ class Exported:
     sha256: str
     imatrix: bool
     verified: verify.Comparison | None
+    vocabulary: VocabTrimming | None = None  # what left it on the way
 
 
 def export(
@@ -392,6 +401,7 @@ def export(
     check: bool,
     seed: int,
     threads: int | None,
+    trim: trimming.Trim = NO_TRIM,
     progress: Progress,
 ) -> Exported:
     """Write a model as one file, read it back and, with `check`, compare its logits with torch's.
@@ -402,13 +412,15 @@ def export(
     exporter = registry.load("exporters", format_name, "EXPORTER")
     out = out.absolute()
     if format_name == "onnx":
-        return _export_onnx(model, out, quantization or "int4", imatrix_text, check, seed, threads, progress)
+        name = quantization or "int4"
+        return _export_onnx(model, out, name, imatrix_text, check, seed, threads, trim, progress)
     quantization = quantization or "Q4_0"
     check_quantization(quantization)
     _check_out_file(out, exporter.suffix)
+    trimming.check(trim)
     threads = threads or local.available_threads()
     with scratch(out) as run:
-        parent = open_parent(model, run)
+        parent = trimming.trim(run, open_parent(model, run), trim, progress)
         imatrix = None
         if imatrix_text is not None and quantization not in FLOATS:
             stats = _imatrix_stats(parent, imatrix_text, seed, progress)
@@ -437,6 +449,7 @@ def export(
             sha256=rundir.sha256_file(made),
             imatrix=bool(imatrix),
             verified=compared,
+            vocabulary=parent.vocabulary,
         )
         _move(made, out)
     return result
@@ -450,6 +463,7 @@ def _export_onnx(
     check: bool,
     seed: int,
     threads: int | None,
+    trim: trimming.Trim,
     progress: Progress,
 ) -> Exported:
     # the libraries of this format are optional
@@ -458,8 +472,9 @@ def _export_onnx(
 
     onnx.check_quantization(quantization)
     onnx_export.check_out(out)
+    trimming.check(trim)
     with scratch(out) as run:
-        parent = open_parent(model, run)
+        parent = trimming.trim(run, open_parent(model, run), trim, progress)
         imatrix = None
         if imatrix_text is not None and quantization == "int4":
             stats = _imatrix_stats(parent, imatrix_text, seed, progress)
@@ -482,6 +497,7 @@ def _export_onnx(
         sha256=made.sha256,
         imatrix=imatrix is not None,
         verified=made.verified,
+        vocabulary=parent.vocabulary,
     )
 
 

@@ -18,7 +18,7 @@ from edgeprune.errors import ConfigError
 from edgeprune.families.base import Family
 from edgeprune.pipeline.parent import Parent
 from edgeprune.progress import Progress
-from edgeprune.records import ModelDims, VocabTrimming, make_key
+from edgeprune.records import ModelDims, VocabTrimming, dumps, make_key
 from edgeprune.units import format_bytes
 
 RECORD_FILE = "edgeprune_vocab.json"
@@ -53,13 +53,29 @@ class TrimmedSource:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Trim:
+    """A trimming asked for: text files, data sets or 'languages:en,de'; together."""
+
+    sources: tuple[str, ...] = ()
+    against: str | None = None  # text to count tokens of before and after; None: the built-in samples
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Wanted:
     texts: dict[str, str]  # source -> text
     codes: tuple[str, ...]  # of languages
 
 
-def check(sources: Sequence[str]) -> _Wanted:
-    """Read what `--trim-vocab` names. Raises ConfigError for a text or language that is not there."""
+def check(trim: Trim) -> None:
+    """Raises ConfigError for a text or language that is not there, before the slow part."""
+    if trim.against is not None and not trim.sources:
+        raise ConfigError("--trim-check without --trim-vocab", "name what the vocabulary is trimmed to")
+    _read(trim.sources)
+    if trim.against is not None:
+        data.read_text(trim.against)
+
+
+def _read(sources: Sequence[str]) -> _Wanted:
     texts: dict[str, str] = {}
     codes: set[str] = set()
     for source in sources:
@@ -70,25 +86,15 @@ def check(sources: Sequence[str]) -> _Wanted:
     return _Wanted(texts, tuple(sorted(codes)))
 
 
-def trim(
-    run: rundir.RunDir,
-    parent: Parent,
-    sources: Sequence[str],
-    progress: Progress,
-    *,
-    against: str | None = None,
-) -> Parent:
-    """The parent with only the tokens that `sources` need, written once into the run folder.
-
-    Args:
-        sources: text files, data sets, or 'languages:en,de'; together.
-        against: text to count tokens of before and after; None: the built-in samples.
+def trim(run: rundir.RunDir, parent: Parent, asked: Trim, progress: Progress) -> Parent:
+    """The parent with only the tokens that were asked for, written once into the run folder.
 
     Raises UnsupportedModelError for a tokenizer that is not BPE.
     """
-    if not sources:
+    if not asked.sources:
         return parent
-    wanted = check(sources)
+    wanted = _read(asked.sources)
+    against = asked.against
     other = languages.SAMPLES if against is None else {against: data.read_text(against)}
     key = make_key(
         "vocab_trimming",
@@ -102,14 +108,14 @@ def trim(
 
     def compute() -> VocabTrimming:
         with progress.stage("trim vocabulary"):
-            return _write(parent, wanted, other, folder, sources, key)
+            return _write(parent, wanted, other, folder, asked.sources, key)
 
     record = run.stage(
         VocabTrimming,
         key,
         compute,
         name="trim vocabulary",
-        valid=lambda _: (folder / "config.json").is_file(),
+        valid=lambda _: (folder / RECORD_FILE).is_file(),
     )
     saved = format_bytes(record.bytes_removed)
     progress.say(f"vocabulary: {record.rows_after:,} of {record.rows_before:,} tokens stay, {saved} less")
@@ -169,7 +175,7 @@ def _write(
                 "free some space and run the same command again",
             )
         surgery.save(folder, trimmed, graph.shapes, extras=after)
-    return VocabTrimming(
+    record = VocabTrimming(
         sources=tuple(sources),
         rows_before=dims.vocab,
         rows_after=len(chosen.kept),
@@ -180,6 +186,8 @@ def _write(
         kept=vocabulary.write_runs(chosen.kept),
         key=key,
     )
+    rundir.write_text(folder / RECORD_FILE, dumps(record))
+    return record
 
 
 def describe(record: VocabTrimming) -> dict[str, Any]:
@@ -200,4 +208,15 @@ def describe(record: VocabTrimming) -> dict[str, Any]:
             }
             for g in record.growth
         ],
+    }
+
+
+def with_vocabulary(figures: Mapping[str, Any], record: VocabTrimming) -> dict[str, Any]:
+    """Figures of `light.describe_plan` against the parent as it was, with its whole vocabulary."""
+    before = figures["parameters_before"] + record.params_removed
+    return {
+        **figures,
+        "parameters_before": before,
+        "ratio_all": 1 - figures["parameters"] / before,
+        "vocabulary": describe(record),
     }
