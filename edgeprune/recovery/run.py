@@ -206,6 +206,17 @@ class RecoveredSource:
 
 
 def load_names(file: Path) -> list[str]:
-
     with safe_open(file, framework="pt") as f:
         return list(f.keys())
+
+
+def metadata(made: Recovered) -> dict[str, str]:
+    """What a file of recovered weights says beside them: which are exact in their quantized form."""
+    return {"exact": json.dumps(sorted(made.packed))}
+
+
+def exact_names(file: Path) -> list[str]:
+    """Tensors of such a file that must not be rounded again."""
+    with safe_open(file, framework="pt") as f:
+        names: list[str] = json.loads((f.metadata() or {}).get("exact", "[]"))
+    return names
