@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,11 +28,14 @@ from edgeprune.errors import ConfigError, MissingExtraError, StageError
 from edgeprune.exporters._gguf_metadata import Rope, general, metadata, rope_of, shape_metadata, tokenizer
 from edgeprune.exporters.base import Exporter
 from edgeprune.families import _gguf as tables
-from edgeprune.families._gguf import Piece, TableRow, layout
+from edgeprune.families._gguf import Piece, TableRow, file_types, layout
 from edgeprune.families.base import Family
 from edgeprune.gguf_source import llama3_factors, permute_rows
 from edgeprune.records import Constraints, ModelDims, UnitRule
 from edgeprune.units import format_bytes
+
+if TYPE_CHECKING:  # loads torch
+    from edgeprune.recovery.methods.base import Packed
 
 # ---------------------------------------------------------------- shapes
 
@@ -49,31 +52,6 @@ def tensor_table(family: Family, dims: ModelDims, config: Mapping[str, Any]) -> 
     """All tensors of the file in the order written: (GGUF name, torch shape, where its rows come from)."""
     freqs = rope_of(config, family.rope_theta).kind == "llama3"
     return tables.tensor_table(family, dims, layout(family, dims, config), rope_freqs=freqs)
-
-
-def file_types(
-    family: Family,
-    dims: ModelDims,
-    quantization: str,
-    table: Sequence[TableRow],
-    *,
-    has_imatrix: bool,
-) -> dict[str, str]:
-    """Type of every tensor of the exported file."""
-    found = layout(family, dims)
-    first = found.dims.layers[0]
-    # llama.cpp knows 70B models by their 80 layers; only for 'llama' it looks at the heads as well
-    big = found.arch.name in ("deci", "qwen2") or (
-        found.arch.name == "llama" and first.n_heads != first.n_kv_heads
-    )
-    return types_of.choose_types(
-        quantization,
-        [(name, shape) for name, shape, _ in table],
-        n_layers=len(found.layers),
-        n_gqa=first.n_heads // first.n_kv_heads,
-        has_imatrix=has_imatrix,
-        is_70b=len(found.layers) == 80 and big,
-    )
 
 
 def constraints(family: Family, dims: ModelDims, quantization: str) -> Constraints:
@@ -304,6 +282,21 @@ class _Rows:
         parts = [self._piece(piece) for piece in pieces]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def blocks(self, pieces: Sequence[Piece], packed: Mapping[str, Packed], kind: str) -> np.ndarray | None:
+        """Rows of a quantized tensor as bytes, or None where one of its parts is not packed as this type."""
+        if not pieces or any(p.part.tensor not in packed for p in pieces):
+            return None
+        parts = []
+        for piece in pieces:
+            part, known = piece.part, packed[piece.part.tensor]
+            if known.type != kind:
+                return None
+            if known.shape != self._shapes[part.tensor]:
+                planned = list(self._shapes[part.tensor])
+                raise StageError(f"blocks of {part.tensor} have shape {known.shape}, the plan says {planned}")
+            parts.append(self._in_order(known.data[part.offset : part.offset + part.block], piece))
+        return np.concatenate(parts)
+
     def _whole(self, name: str) -> np.ndarray:
         if self._last is None or self._last[0] != name:
             array = np.asarray(self._read(name))
@@ -319,6 +312,9 @@ class _Rows:
         if piece.role.endswith("norm"):
             array = array.astype(np.float32) + np.float32(self._family.norm_offset)
             return array * np.float32(self._q_norm) if piece.role == "q_norm" else array
+        return self._in_order(array, piece)
+
+    def _in_order(self, array: np.ndarray, piece: Piece) -> np.ndarray:
         if piece.role in ("q", "k") and self._norm_order:
             assert piece.layer is not None
             shape = self._dims.layers[piece.layer]
@@ -440,6 +436,38 @@ def _run_child(job: Path, out: Path) -> None:
     raise StageError(f"quantizing {out.name} failed ({how}): {telling[-1] if telling else 'no message'}")
 
 
+def _insert(
+    path: Path,
+    family: Family,
+    dims: ModelDims,
+    config: Mapping[str, Any],
+    read_tensor: Callable[[str], np.ndarray],
+    packed: Mapping[str, Packed],
+) -> None:
+    """Replace tensors of a quantized file by the exact blocks that are known of them.
+
+    Raises StageError for blocks that do not decode to the weights.
+    """
+    library = _library("gguf")
+    header = {t.name: t for t in read_header(path).tensors}
+    rows = _Rows(family, dims, config, read_tensor)
+    with path.open("r+b") as f:
+        for name, _, pieces in tensor_table(family, dims, config):
+            info = header[name]
+            blocks = rows.blocks(pieces, packed, info.type.name)
+            if blocks is None:
+                continue
+            decoded = library.quants.dequantize(blocks, library.GGMLQuantizationType[info.type.name])
+            if not np.array_equal(decoded, rows.join(pieces)):
+                raise StageError(
+                    f"the blocks kept beside {pieces[0].part.tensor} do not decode to its weights",
+                    "the weights were changed after recovery; delete the folder edgeprune_packed",
+                )
+            assert blocks.nbytes == info.n_bytes, name
+            f.seek(info.offset)
+            f.write(np.ascontiguousarray(blocks).tobytes())
+
+
 def export(
     path: Path,
     *,
@@ -454,11 +482,12 @@ def export(
     name: str = "model",
     license_name: str | None = None,
     master: Path | None = None,
+    packed: Mapping[str, Packed] | None = None,
 ) -> int:
     """Write one file and read it back; returns its bytes.
 
     `master` is an unquantized file of the same dims to start from (see `write`); without it a temporary
-    one is written beside the result.
+    one is written beside the result. Tensors that are `packed` as the type they get are copied, not rounded.
     """
     default = types_of.check_quantization(quantization)[1]
     given = (family, dims, config, tokenizer_kvs)
@@ -475,7 +504,13 @@ def export(
             write(own, *given, read_tensor, dtype="F32" if default == "BF16" else "F16", **labels)  # type: ignore[arg-type]
         try:
             kinds = {n: t for n, _, t, _ in cost.tensors(dims, quantization)}
-            quantize(master, path, quantization=quantization, types=kinds, imatrix=imatrix, threads=threads)
+            how = {"quantization": quantization, "types": kinds, "imatrix": imatrix, "threads": threads}
+            if packed:
+                with rundir.friendly_disk_errors(path), rundir.atomic_path(path) as draft:
+                    quantize(master, draft, **how)  # type: ignore[arg-type]
+                    _insert(draft, family, dims, config, read_tensor, packed)
+            else:
+                quantize(master, path, **how)  # type: ignore[arg-type]
         finally:
             if own is not None:
                 own.unlink(missing_ok=True)

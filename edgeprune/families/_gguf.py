@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgeprune import registry
+from edgeprune.costs import gguf_types
 from edgeprune.errors import UnsupportedModelError
 from edgeprune.families.base import MATRICES, Family, GgufArch
 from edgeprune.records import LayerShape, ModelDims, TensorSlice
@@ -144,6 +145,52 @@ def tensor_table(
     if not dims.tied:
         rows.append(single("output.weight", "head", dims.vocab, dims.hidden))
     return tuple(rows)
+
+
+def file_types(
+    family: Family,
+    dims: ModelDims,
+    quantization: str,
+    table: Sequence[TableRow],
+    *,
+    has_imatrix: bool,
+) -> dict[str, str]:
+    """Type of every tensor of the exported file."""
+    found = layout(family, dims)
+    first = found.dims.layers[0]
+    # llama.cpp knows 70B models by their 80 layers; only for 'llama' it looks at the heads as well
+    big = found.arch.name in ("deci", "qwen2") or (
+        found.arch.name == "llama" and first.n_heads != first.n_kv_heads
+    )
+    return gguf_types.choose_types(
+        quantization,
+        [(name, shape) for name, shape, _ in table],
+        n_layers=len(found.layers),
+        n_gqa=first.n_heads // first.n_kv_heads,
+        has_imatrix=has_imatrix,
+        is_70b=len(found.layers) == 80 and big,
+    )
+
+
+def hf_types(
+    family: Family, dims: ModelDims, quantization: str, *, has_imatrix: bool = False
+) -> dict[str, str]:
+    """Type in the file of every Hugging Face tensor it holds; for a fused tensor that of all its rows.
+
+    Raises UnsupportedModelError when a fused tensor is stored in several types.
+    """
+    table = tensor_table(family, dims, layout(family, dims))
+    types = file_types(family, dims, quantization, table, has_imatrix=has_imatrix)
+    out: dict[str, str] = {}
+    for name, _, pieces in table:
+        for piece in pieces:
+            tensor = piece.part.tensor
+            if out.setdefault(tensor, types[name]) != types[name]:
+                raise UnsupportedModelError(
+                    f"{quantization} stores {tensor} partly as {out[tensor]}, partly as {types[name]}",
+                    "choose a quantization with one type",
+                )
+    return out
 
 
 def architectures() -> dict[str, tuple[Family, GgufArch]]:

@@ -45,6 +45,7 @@ from edgeprune.records import (
     VocabTrimming,
     dumps,
 )
+from edgeprune.recovery import packed
 from edgeprune.runtimes import llama_cpp
 
 PLAN_FILE = "edgeprune_plan.json"
@@ -567,6 +568,7 @@ class _Export:
                 name=parent.name,
                 license_name=parent.license_name,
                 master=master,
+                packed=packed.load(parent.folder),
             )
         compared = None
         if self.window is not None and self.expected is not None:
