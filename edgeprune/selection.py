@@ -130,8 +130,7 @@ def select(budget: Budget, candidates: Sequence[Candidate], tie: Tie) -> Selecti
         elif c in ties:
             reasons[c.id] = f"tie: quality cannot be told from {winner.id} on this text, but it is not faster"
         elif c in able:
-            times = quality_of(c) / max(quality_of(winner), 1e-9)
-            reasons[c.id] = f"meets every limit; KL {quality_of(c):.4f}, {times:.1f}x that of {winner.id}"
+            reasons[c.id] = f"meets every limit; KL {quality_of(c):.4f}, {_times(c, winner)}"
         else:
             reasons[c.id] = _why_not(budget, c)
     return Selection(
@@ -148,6 +147,12 @@ def select(budget: Budget, candidates: Sequence[Candidate], tie: Tie) -> Selecti
 def quality_of(candidate: Candidate) -> float:
     assert candidate.quality is not None
     return candidate.quality.kl
+
+
+def _times(candidate: Candidate, winner: Candidate) -> str:
+    if quality_of(winner) < 1e-4:  # nothing was lost: a ratio says nothing
+        return f"{winner.id} has {quality_of(winner):.4f}"
+    return f"{quality_of(candidate) / quality_of(winner):.1f}x that of {winner.id}"
 
 
 def to_quality(candidate: Candidate) -> float | None:

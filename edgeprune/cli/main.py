@@ -25,9 +25,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPE
 # libraries of the extras, by the name they are imported by
 _EXTRA_OF = {
     **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub"), "torch"),
+    **dict.fromkeys(("accelerate", "peft"), "torch"),
     **dict.fromkeys(("gguf", "llama_cpp"), "gguf"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai"), "onnx"),
     "datasets": "data",
+    "vl_convert": "report",
 }
 
 

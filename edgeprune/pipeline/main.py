@@ -39,6 +39,7 @@ from edgeprune.records import (
     make_key,
 )
 from edgeprune.report import build as report_build
+from edgeprune.report import page
 
 # what only late stages import: said before anything is worked out
 _NEEDED = (("transformers", "torch"), ("tokenizers", "torch"), ("gguf", "gguf"), ("llama_cpp", "gguf"))
@@ -174,6 +175,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             context={**context, "target_choice": took},
         )
         report_build.write(folder, report)
+        page.write(folder.root, report)
         bundling.refresh(folder.root, report, parent.folder)
     if chosen.selected is None and chosen.nearest is None:
         raise StageError(chosen.headline, "report.json holds what each one said")

@@ -1,0 +1,438 @@
+"""report.html: one file that opens without a network, made from report.json alone.
+
+Everything in a report may come from a stranger (model names, generated text, device strings), so the template
+escapes all of it and the page's policy allows its own style sheet and nothing else: no script, no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import importlib.resources
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from edgeprune import rundir
+from edgeprune.errors import ConfigError
+from edgeprune.report import charts
+from edgeprune.units import format_bytes
+
+FILE_NAME = "report.html"
+MOST_BYTES = 2_000_000
+_PARTS = (
+    ("weights", "weights"),
+    ("copies", "weights in a second layout"),
+    ("kv", "KV cache, whole context"),
+    ("compute", "compute buffer"),
+    ("runtime", "tokenizer and runtime"),
+    ("target", "the target's own runtime"),
+)
+_VERDICTS = {
+    "do-not-prune": "Do not prune",
+    "prune": "Prune",
+    "nothing-fits": "Nothing fits",
+}
+_MOST_TEXT = 2000  # characters of one sample output
+
+Row = Mapping[str, Any]
+
+
+def write(run_dir: Path, report: Mapping[str, Any]) -> Path:
+    """Write report.html into a run folder, atomically; one that shows this very report already is kept."""
+    path = run_dir / FILE_NAME
+    if not _is_of(path, digest(report)):
+        with rundir.friendly_disk_errors(run_dir):
+            rundir.write_text(path, render(report))
+    return path
+
+
+def write_checked(run_dir: Path, report: Mapping[str, Any]) -> Path:
+    """As `write`, for a report.json that may have been damaged. Raises ConfigError."""
+    try:
+        return write(run_dir, report)
+    except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{run_dir / 'report.json'} cannot be shown: {error}",
+            "the file is damaged; run the command that made it again",
+        ) from error
+
+
+def digest(report: Mapping[str, Any]) -> str:
+    """What a page is made from: the report, style and template, and whether charts can be drawn."""
+    parts = [_text("report.css"), _text("report.html.j2"), str(charts.available())]
+    text = json.dumps([report, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_of(path: Path, wanted: str) -> bool:
+    try:
+        with path.open(encoding="utf-8") as f:
+            return f'content="{wanted}"' in f.read(2000)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page as text, charts drawn where the library for it is installed."""
+    css = _text("report.css")
+    style = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            **_context(report),
+            css=Markup(css),  # our own file; its hash is in the page's policy
+            policy=f"default-src 'none'; style-src 'sha256-{style}'; img-src data:; "
+            "base-uri 'none'; form-action 'none'",
+            digest=digest(report),
+        )
+    )
+
+
+def _text(name: str) -> str:
+    return (
+        importlib.resources.files("edgeprune.report").joinpath("templates").joinpath(name).read_text("utf-8")
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("edgeprune.report"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        bytes=lambda v: "-" if v is None else format_bytes(v),
+        mb=lambda v: "-" if v is None else f"{v / 1e6:.1f}",
+        number=lambda v, digits=2: "-" if v is None else f"{v:.{digits}f}",
+        percent=lambda v, digits=1: "-" if v is None else f"{100 * v:.{digits}f}",
+        visible=_visible,
+        plain=_plain,
+    )
+    return made
+
+
+def _visible(text: Any) -> str:
+    """Generated text without control characters, and not endless."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+    return shown if len(shown) <= _MOST_TEXT else shown[:_MOST_TEXT] + " ..."
+
+
+def _plain(value: Any) -> str:
+    """A value of a record for a table cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(v) for v in value)
+    return str(value)
+
+
+# ---------------------------------------------------------------- what the template gets
+
+
+# what reports of older versions lack
+_OPTIONAL = ("scores", "calibration", "evaluation", "target_choice", "dense_perplexity", "threads", "nearest")
+
+
+def _context(report: Mapping[str, Any]) -> dict[str, Any]:
+    report = {**dict.fromkeys(_OPTIONAL), **report}
+    rows: Sequence[Row] = report["candidates"]
+    by_id = {c["id"]: c for c in rows}
+    selected = by_id.get(report["selected"])
+    shown = selected or by_id.get(report.get("nearest"))
+    tried = [c for c in rows if c["measured"] is not None or c["error"] is not None]
+    answers = list(report.get("answers") or ())
+    cut = _cut(report, shown)
+    return {
+        "report": report,
+        "shown": shown,
+        "selected": selected,
+        "verdict": next((_VERDICTS[a["code"]] for a in answers if a["code"] in _VERDICTS), None),
+        "answers": answers,
+        "charts": _charts(report, rows, shown, cut) if charts.available() else None,
+        "cut": cut,
+        "memory": _memory(report, shown),
+        "measured_rows": [_table_row(report, c) for c in tried],
+        "planned_rows": [_table_row(report, c) for c in rows if c not in tried],
+        "samples": _samples(report),
+        "command": shlex.join(str(part) for part in report["command"]),
+        "limits": {name: _limit(limit) for name, limit in report["budget"].items()},
+        "recovered": [c for c in rows if c.get("recovery")],
+        "evaluations": _evaluations(report),
+        "vocabulary": report.get("vocabulary"),
+        "power_modes": list(report.get("power_modes") or ()),
+    }
+
+
+def _limit(limit: Row) -> str:
+    if limit["unit"] == "bytes":
+        return format_bytes(limit["value"])
+    return f"{limit['value']:g} {limit['unit']}"
+
+
+def _evaluations(report: Mapping[str, Any]) -> list[Row]:
+    """Rows of tasks that were run on candidates later, where the report has any."""
+    found = report.get("evaluations") or ()
+    return [row for row in found if isinstance(row, Mapping)]
+
+
+def _table_row(report: Mapping[str, Any], c: Row) -> dict[str, Any]:
+    missed = [name.replace("_", " ") for name, ok in c["meets"].items() if not ok]
+    pair = (report.get("against_selected") or {}).get(c["id"])
+    return {
+        "c": c,
+        "mark": "selected"
+        if c["id"] == report["selected"]
+        else "tie"
+        if c["id"] in report["ties"]
+        else "nearest"
+        if c["id"] == report.get("nearest")
+        else "",
+        "limits": "failed" if c["error"] else "misses " + ", ".join(missed) if missed else "met",
+        "pair": pair,
+    }
+
+
+def _samples(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    sets = [s for s in report.get("samples") or () if s["rows"]]
+    if not sets:
+        return None
+    prompts = [row["prompt"] for row in sets[0]["rows"]]
+    return {
+        "chat": sets[0]["chat"],
+        "prompts": [
+            {
+                "prompt": prompt,
+                "outputs": [{"source": s["source"], **s["rows"][i]} for s in sets if i < len(s["rows"])],
+            }
+            for i, prompt in enumerate(prompts)
+        ],
+    }
+
+
+# ---------------------------------------------------------------- what was cut, memory
+
+
+def _cut(report: Mapping[str, Any], shown: Row | None) -> dict[str, Any] | None:
+    """Widths per layer before and after: of the selected plan, else of the best pruned candidate."""
+    plans = {p["id"]: p for p in report.get("plans") or ()}
+    dense = plans.get("dense")
+    pruned = [c for c in report["candidates"] if c["ratio"] > 0 and c["quality"] is not None]
+    of = shown if shown is not None and shown["ratio"] > 0 else None
+    if of is None and pruned:
+        of = min(pruned, key=lambda c: float(c["quality"]["kl"]))
+    plan = plans.get(of["plan"]) if of is not None else None
+    if dense is None or plan is None or of is None or len(dense["layers"]) != len(plan["layers"]):
+        return None
+    before, after = dense["layers"], plan["layers"]
+    return {
+        "candidate": of["id"],
+        "is_selected": of["id"] == report["selected"],
+        "ratio": plan["ratio"],
+        "ratio_all": plan["ratio_all"],
+        "kv": ([layer[1] for layer in before], [layer[1] for layer in after]),
+        "ffn": ([layer[2] for layer in before], [layer[2] for layer in after]),
+        "rows": [
+            {"layer": i + 1, "kv": (b[1], a[1]), "heads": (b[0], a[0]), "ffn": (b[2], a[2])}
+            for i, (b, a) in enumerate(zip(before, after, strict=True))
+        ],
+    }
+
+
+def _memory(report: Mapping[str, Any], shown: Row | None) -> dict[str, Any] | None:
+    if shown is None or not shown["predicted"].get("memory"):
+        return None
+    parts = shown["predicted"]["memory"]
+    limit = report["budget"].get("memory")
+    peak = shown["predicted"]["peak_memory_bytes"]
+    measured = (shown["measured"] or {}).get("peak_memory_bytes")
+    own = shown["predicted"].get("runtime_bytes", 0)
+    value = None if limit is None else limit["value"]
+    return {
+        "candidate": shown["id"],
+        "parts": [
+            {"name": name, "title": title, "bytes": parts[f"{name}_bytes"]}
+            for name, title in _PARTS
+            if parts[f"{name}_bytes"]
+        ],
+        "predicted": peak,
+        "measured": measured,
+        "on": (shown["measured"] or {}).get("on"),
+        "own": own,
+        "limit": value,
+        "headroom_predicted": None if value is None else value - peak,
+        "headroom_measured": None if value is None or measured is None else value - measured - own,
+    }
+
+
+# ---------------------------------------------------------------- charts
+
+
+def _charts(
+    report: Mapping[str, Any], rows: Sequence[Row], shown: Row | None, cut: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    marked = None if shown is None else shown["id"]
+    budget = report["budget"]
+
+    def limit(name: str, scale: float = 1.0) -> float | None:
+        return budget[name]["value"] / scale if name in budget else None
+
+    out: list[dict[str, Any]] = []
+    plots: tuple[tuple[str, str, str, list[charts.Point | None], dict[str, Any]], ...] = (
+        (
+            "memory",
+            "Quality against memory",
+            "KL divergence against peak memory",
+            [_memory_point(c, marked) for c in rows],
+            {"x_title": "peak memory, MB", "x_unit": "MB", "x_limit": limit("memory", 1e6)},
+        ),
+        (
+            "speed",
+            "Quality against speed",
+            "KL divergence against decode speed",
+            [_speed_point(c, marked) for c in rows],
+            {
+                "x_title": "decode speed, tokens/s",
+                "x_unit": "tokens/s",
+                "x_limit": limit("decode_speed"),
+                "x_limit_is": "least",
+            },
+        ),
+        (
+            "file",
+            "Quality against file size",
+            "KL divergence against file size",
+            [_file_point(c, marked) for c in rows] if "file" in budget else [],
+            {"x_title": "file, MB", "x_unit": "MB", "x_limit": limit("file", 1e6)},
+        ),
+    )
+    for name, title, about, points, settings in plots:
+        known = [p for p in points if p is not None]
+        drawn = charts.both(
+            f"Chart: {about} of {len([p for p in known if p.y is not None])} candidates. "
+            "The figures are in the tables below.",
+            wide=charts.quality_chart(known, width=charts.WIDE, y_limit=limit("kl"), **settings),
+            narrow=charts.quality_chart(known, width=charts.NARROW, y_limit=limit("kl"), **settings),
+        )
+        if drawn is not None:
+            beyond = settings["x_limit"]
+            out.append(
+                {
+                    "name": name,
+                    "title": title,
+                    "points": sorted(known, key=lambda p: (p.y is None, p.y or 0, p.x)),
+                    "unit": settings["x_unit"],
+                    "planned": any(p.y is None for p in known),
+                    "predicted": any(p.y is not None and not p.measured for p in known),
+                    "outside": beyond is not None and not _near(beyond, known),
+                    **_markup(drawn),
+                }
+            )
+    if cut is not None:
+        for unit, title in (("ffn", "FFN channels"), ("kv", "KV groups")):
+            before, after = cut[unit]
+            drawn = charts.both(
+                f"Chart: {title} that each decoder layer keeps in {cut['candidate']}. "
+                "The figures are in the table below.",
+                wide=charts.layer_chart(before, after, what=title, width=charts.WIDE),
+                narrow=charts.layer_chart(before, after, what=title, width=charts.NARROW),
+            )
+            assert drawn is not None
+            out.append({"name": unit, "title": f"{title} kept per layer", **_markup(drawn)})
+    memory = _memory(report, shown)
+    if memory is not None:
+        parts = [(part["name"], part["bytes"]) for part in memory["parts"]]
+        given = {"measured": memory["measured"], "limit": memory["limit"]}
+        drawn = charts.both(
+            "Chart: peak memory by part against the limit. The figures are in the table beside it.",
+            wide=charts.memory_chart(parts, width=charts.WIDE, **given),
+            narrow=charts.memory_chart(parts, width=charts.NARROW, **given),
+        )
+        assert drawn is not None
+        out.append({"name": "parts", "title": "Memory", **_markup(drawn)})
+    return out
+
+
+def _markup(drawn: Mapping[str, str]) -> dict[str, Markup]:
+    # `charts.clean` lets shapes and escaped text through and nothing else
+    return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def _near(limit: float, points: Sequence[charts.Point]) -> bool:
+    xs = [v for p in points if p.y is not None for v in (p.x, p.x_low, p.x_high) if v is not None]
+    return min(xs) / 2 <= limit <= 2 * max(xs)
+
+
+def _label(c: Row) -> str:
+    quantization = str(c["quantization"]).replace(" as given", "*")
+    return quantization if c["ratio"] == 0 else f"-{100 * c['ratio']:.0f}% {quantization}"
+
+
+def _quality(c: Row) -> dict[str, Any]:
+    """The y of a point: measured, or predicted with its interval where a report has such a thing."""
+    quality, predicted = c["quality"], c["predicted"]
+    if quality is not None and c["error"] is None:
+        half = 1.96 * quality["kl_stderr"]
+        return {"y": quality["kl"], "y_low": quality["kl"] - half, "y_high": quality["kl"] + half}
+    if predicted.get("kl") is not None:
+        low, high = predicted.get("kl_low"), predicted.get("kl_high")
+        return {"y": predicted["kl"], "y_low": low, "y_high": high, "y_measured": False}
+    return {"y": None, "y_measured": False}
+
+
+def _point(c: Row, marked: str | None, **more: Any) -> charts.Point | None:
+    if c["error"] is not None or not math.isfinite(more["x"]):
+        return None
+    return charts.Point(
+        name=c["id"],
+        label=_label(c),
+        dense=c["ratio"] == 0,
+        marked=c["id"] == marked,
+        **_quality(c),
+        **more,
+    )
+
+
+def _memory_point(c: Row, marked: str | None) -> charts.Point | None:
+    measured = (c["measured"] or {}).get("peak_memory_bytes")
+    if measured is not None:
+        return _point(c, marked, x=measured / 1e6)
+    return _point(c, marked, x=c["predicted"]["peak_memory_bytes"] / 1e6, x_measured=False)
+
+
+def _speed_point(c: Row, marked: str | None) -> charts.Point | None:
+    measured, predicted = c["measured"] or {}, c["predicted"]
+    if measured.get("decode_tps") is not None:
+        speed, spread = measured["decode_tps"], measured["decode_tps_stdev"] or 0.0
+        return _point(c, marked, x=speed, x_low=max(0.0, speed - spread), x_high=speed + spread)
+    if predicted["decode_tps"] is None:
+        return None
+    return _point(
+        c,
+        marked,
+        x=predicted["decode_tps"],
+        x_low=predicted["decode_tps_low"],
+        x_high=predicted["decode_tps_high"],
+        x_measured=False,
+    )
+
+
+def _file_point(c: Row, marked: str | None) -> charts.Point | None:
+    if c["artifact"] is not None:
+        return _point(c, marked, x=c["artifact"]["bytes"] / 1e6)
+    return _point(c, marked, x=c["predicted"]["file_bytes"] / 1e6, x_measured=False)
