@@ -227,6 +227,19 @@ def recovery_options(default: str) -> Callable[[F], F]:
                 help="Tokens of a training window.",
             ),
             click.option(
+                "--recovery-checkpoint",
+                type=click.FloatRange(min=0),
+                default=60.0,
+                show_default=True,
+                metavar="S",
+                help="Seconds between checkpoints.",
+            ),
+            click.option(
+                "--gradient-checkpointing",
+                is_flag=True,
+                help="Work out activations twice while training, to hold fewer of them.",
+            ),
+            click.option(
                 "--recovery-rate",
                 type=click.FloatRange(min=0, min_open=True),
                 metavar="X",
@@ -304,6 +317,8 @@ def recovery_recipe(given: dict[str, Any], *, seed: int) -> Any:
         batch=given["recovery_batch"],
         rate=given["recovery_rate"],
         quantization=given.get("recovery_quantization"),
+        gradient_checkpointing=given["gradient_checkpointing"],
+        checkpoint_s=given["recovery_checkpoint"],
         seed=seed,
     )
     check(recipe)

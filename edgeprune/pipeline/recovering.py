@@ -44,7 +44,7 @@ WRITING_SHARE = 0.3  # of the minutes that writing the text may take
 
 def state() -> PartialState:
     """The processes of this run; one that waits for another may have to wait for hours."""
-    return PartialState(timeout=timedelta(hours=24)) if "WORLD_SIZE" in os.environ else PartialState()
+    return PartialState(timeout=timedelta(hours=24))
 
 
 # ---------------------------------------------------------------- text
@@ -131,7 +131,7 @@ def recipe_key(parent: Parent, source_key: str, recipe: RecoveryRecipe) -> str:
     if recipe.data is not None:
         path = Path(recipe.data).expanduser()
         content = rundir.sha256_file(path) if path.is_file() else recipe.data
-    asked = dataclasses.asdict(dataclasses.replace(recipe, data=None))
+    asked = dataclasses.asdict(dataclasses.replace(recipe, data=None, checkpoint_s=0.0))
     return make_key("recovery", parent.key, source_key, asked, content, edgeprune.__version__)
 
 
@@ -283,6 +283,8 @@ def recover(
     out = out.absolute()
     check_out(out, folder, parent_model)
     recipes.check(recipe)
+    if recipe.method != recipes.AUTO:
+        recovery.load_method(recipe)
     if recipe.data is not None:
         text.read(recipe.data)  # what cannot be read is said before the slow part
     with _work_folder(out) as run:

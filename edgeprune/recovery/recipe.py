@@ -31,6 +31,7 @@ class RecoveryRecipe:
     )
     seed: int = 0
     gradient_checkpointing: bool = False
+    checkpoint_s: float = 60.0  # between checkpoints; changes no result
 
     @property
     def steps(self) -> int | None:

@@ -53,6 +53,15 @@ def load_method(recipe: RecoveryRecipe) -> tuple[Method, dict[str, str]]:
     return method, method.resolve(recipe.options)
 
 
+def assemble(source: checkpoint.Source, dims: ModelDims) -> nn.Module:
+    """A float32 model that owns its weights: training must not write into the mapped file behind them."""
+    model = checkpoint.assemble(source, dims)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    source.close()
+    return model
+
+
 def recover(
     source: checkpoint.Source,
     dims: ModelDims,
@@ -80,8 +89,7 @@ def recover(
     folder.mkdir(parents=True, exist_ok=True)
     live = recipe.objective == "distill" and method.rate > 0
     teacher, held_targets = _teach(parent, rows, held, folder, accelerator, half=half, live=live)
-    student = checkpoint.assemble(source, dims)
-    source.close()
+    student = assemble(source, dims)
     attached = method.attach(
         student,
         Setting(dims=dims, dense=dense, quantization=recipe.quantization, seed=recipe.seed, options=options),
@@ -96,6 +104,7 @@ def recover(
         distill=DISTILL if recipe.objective == "distill" else 0.0,
         half=half,
         gradient_checkpointing=recipe.gradient_checkpointing,
+        checkpoint_s=recipe.checkpoint_s,
     )
     trainer = Trainer(
         *(attached, rows, held, teacher, training, folder, progress),

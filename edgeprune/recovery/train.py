@@ -150,7 +150,7 @@ class Trainer:
     def _prepare(self) -> None:
         training, model = self.training, self.attached.model
         if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         groups = [
             {
                 "params": group.params,
@@ -337,7 +337,7 @@ class Trainer:
                     self._watch(journal, step, now, pace, known=step - began_step >= _PACE_STEPS)
                 if journal.evaluate_every and step % journal.evaluate_every == 0:
                     points.append(self._evaluated(points, step, clock))
-                    if self._worn_out(points) and journal.last is None:
+                    if self._worn_out(points) and journal.last is None and step != journal.steps:
                         journal.last, journal.why = step, "the validation KL no longer fell"
                         self._write_journal(journal)
                 if self._agree(clock.read() - saved_at > max(training.checkpoint_s, 30 * save_took)):
@@ -419,7 +419,7 @@ class Trainer:
     def _release(self) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.training.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            model.activation_checkpointing_disable()
         model.eval()
         if self.optimizer is not None:
             self.optimizer.optimizer.state.clear()

@@ -104,6 +104,7 @@ class Method:
     rate: float  # base learning rate of AdamW
     switches: Mapping[str, str] = field(default_factory=dict)  # name -> default
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of switches that are a choice
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of switches that are numbers
     quantized: bool = False  # `attach` rounds the weights to Setting.quantization
 
     def resolve(self, given: Mapping[str, str]) -> dict[str, str]:
@@ -120,7 +121,10 @@ class Method:
                 problems.append(f"{self.name}: {name}={value} is none of {', '.join(self.choices[name])}")
         if problems:
             raise ConfigError(problems)
-        return {**self.switches, **given}
+        resolved = {**self.switches, **given}
+        for name, (low, high) in self.ranges.items():
+            number(resolved, name, low=low, high=high)
+        return resolved
 
 
 def number(options: Mapping[str, str], name: str, *, low: float, high: float) -> float:

@@ -17,7 +17,7 @@ from edgeprune import checkpoint
 from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError, MissingExtraError
 from edgeprune.families.base import MATRICES
-from edgeprune.recovery.methods.base import Attached, Group, Method, Setting, freeze_, number
+from edgeprune.recovery.methods.base import Attached, Group, Method, Setting, freeze_
 
 _UNIT = {"q": "kv", "k": "kv", "v": "kv", "o": "kv", "gate": "ffn", "up": "ffn", "down": "ffn"}
 
@@ -75,10 +75,7 @@ def attach(model: nn.Module, setting: Setting) -> Attached:
     except ImportError:
         raise MissingExtraError("peft", "torch") from None
 
-    rank = int(number(setting.options, "rank", low=1, high=4096))
-    more = number(setting.options, "more", low=0, high=16)
-    alpha = number(setting.options, "alpha", low=0.01, high=1000)
-    dropout = number(setting.options, "dropout", low=0, high=0.9)
+    rank, more, alpha, dropout = (float(setting.options[k]) for k in ("rank", "more", "alpha", "dropout"))
     family = graphs.find_family(setting.dims.family)
     of_place = factors(setting, more)
     names = {id(m): name for name, m in model.named_modules()}
@@ -90,7 +87,7 @@ def attach(model: nn.Module, setting: Setting) -> Attached:
                 wanted.setdefault(names[id(module)], (index, _UNIT[role]))
     ranks = {name: max(1, round(rank * of_place[place])) for name, place in wanted.items()}
     config = LoraConfig(
-        r=rank,
+        r=round(rank),
         lora_alpha=alpha * rank,
         lora_dropout=dropout,
         target_modules=list(wanted),
@@ -123,5 +120,6 @@ METHOD = Method(
     reference="arXiv:2106.09685",
     attach=attach,
     rate=1e-3,
+    ranges={"rank": (1, 4096), "alpha": (0.01, 1000), "more": (0, 16), "dropout": (0, 0.9)},
     switches={"rank": "16", "alpha": "2", "more": "1", "dropout": "0"},
 )
