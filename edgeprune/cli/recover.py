@@ -12,7 +12,7 @@ from edgeprune.cli._output import echo_json, echo_pairs, format_option
 
 
 @click.command()
-@click.argument("pruned", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("pruned", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--parent",
     metavar="FOLDER|FILE|ID",
