@@ -89,6 +89,11 @@ class Vocabulary:
         found: set[int] = set()
         for piece in self._pieces(text):
             found.update(self._encoder.encode(piece, add_special_tokens=False).ids)
+        if self.values.get("add_space_prefix", not self.byte_level):
+            # the same line at the start of a text has a space before it
+            lines = list(dict.fromkeys(text.splitlines()))
+            for one in self._encoder.encode_batch(lines, add_special_tokens=False):
+                found.update(one.ids)
         return found
 
     def _pieces(self, text: str) -> Iterator[str]:
@@ -431,8 +436,11 @@ def _trim_settings(settings: Mapping[str, Any], left: set[str], new: Mapping[int
                 value = [t for t in value if text(t) in left]
             elif isinstance(value, dict):
                 value = {k: t for k, t in value.items() if text(t) in left}
-        elif key.endswith("_token") and isinstance(text(value), str) and text(value) not in left:
-            continue
+        elif key.endswith("_token") and isinstance(text(value), str):
+            # how it is matched is said in tokenizer.json
+            value = text(value)
+            if value not in left:
+                continue
         out[key] = value
     return out
 
