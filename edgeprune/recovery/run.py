@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,11 +187,20 @@ def _spent(folder: Path, seconds: float, accelerator: Accelerator) -> float:
 class RecoveredSource:
     """A source some of whose tensors come from a file of recovered weights, in their old types.
 
-    `exact` names tensors that stay float32: their rounding is part of the result.
+    `exact` names tensors that stay float32: their rounding is part of the result, and `packed` has their
+    blocks.
     """
 
-    def __init__(self, source: checkpoint.Source, file: Path, *, exact: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        source: checkpoint.Source,
+        file: Path,
+        *,
+        exact: Sequence[str] = (),
+        packed: Mapping[str, Packed] | None = None,
+    ) -> None:
         self._source, self._file, self._exact = source, file, frozenset(exact)
+        self.packed: Mapping[str, Packed] = packed or {}
         self._names = frozenset(load_names(file))
 
     @property

@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from edgeprune import checkpoint, graph
-from edgeprune.costs.gguf_types import FLOATS
 from edgeprune.errors import ConfigError
 from edgeprune.families import _gguf as tables
 from edgeprune.families.base import MATRICES
 from edgeprune.recovery import _grouped
 from edgeprune.recovery._grouped import BITS, GroupLinear
-from edgeprune.recovery.methods.base import Attached, Group, Method, Packed, Setting, freeze_, number
+from edgeprune.recovery.methods.base import Attached, Group, Method, Packed, Setting, freeze_
 
 
 def attach(model: nn.Module, setting: Setting) -> Attached:
@@ -36,8 +35,7 @@ class _Groups(Attached):
     def __init__(self, model: nn.Module, setting: Setting) -> None:
         super().__init__(model)
         options = setting.options
-        rank = int(number(options, "rank", low=0, high=4096))
-        alpha = number(options, "alpha", low=0.0, high=1e6)
+        rank, alpha = round(float(options["rank"])), float(options["alpha"])
         self._family = graph.find_family(setting.dims.family)
         self._dims = setting.dims
         assert setting.quantization is not None
@@ -83,7 +81,7 @@ class _Groups(Attached):
         """Round what is not tuned to what the file will hold."""
         tuned = {name for _, _, name in self._matrices() if types[name] in BITS}
         for name, kind in types.items():
-            if name in tuned or kind == "F32":
+            if name in tuned or kind == "F32":  # norms and biases
                 continue
             parameter = self.model.get_parameter(name)
             if kind in BITS:
@@ -93,8 +91,7 @@ class _Groups(Attached):
                 raw, decoded = _grouped.as_stored(parameter, kind, name=name)
                 values = torch.from_numpy(decoded)
             parameter.copy_(values)
-            if kind not in FLOATS:
-                self._keep(name, kind, raw, parameter)
+            self._keep(name, kind, raw, parameter)
 
     def _keep(self, name: str, kind: str, raw: np.ndarray, weight: torch.Tensor) -> None:
         self._packed[name] = Packed(type=kind, shape=(weight.shape[0], weight.shape[1]), data=raw)
@@ -151,6 +148,7 @@ METHOD = Method(
     attach=attach,
     rate=1e-2,
     switches={"rank": "0", "alpha": "16", "init": "least-squares", "scales": "no"},
+    ranges={"rank": (0, 4096), "alpha": (0, 1e6)},
     choices={"init": _grouped.INITS, "scales": ("yes", "no")},
     quantized=True,
 )
