@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -300,10 +300,15 @@ def recovery_options(default: str) -> Callable[[F], F]:
     return decorate_all
 
 
-def recovery_recipe(given: dict[str, Any], *, seed: int) -> Any:
-    """The RecoveryRecipe of these options, or None for --recovery none. Raises ConfigError."""
+def recovery_recipe(given: Mapping[str, Any], *, seed: int, text: str | None = None) -> Any:
+    """The RecoveryRecipe of these options, or None for --recovery none. Raises ConfigError.
+
+    `text` is the calibration text, which also trains where no other is given.
+    """
     from edgeprune.recovery.recipe import DEFAULT_MINUTES, RecoveryRecipe, check
 
+    if given["recovery"] == "none":
+        return None
     minutes, tokens = given["recovery_minutes"], given["recovery_tokens"]
     recipe = RecoveryRecipe(
         method=given["recovery"],
@@ -311,7 +316,7 @@ def recovery_recipe(given: dict[str, Any], *, seed: int) -> Any:
         objective=given["recovery_objective"],
         minutes=DEFAULT_MINUTES if minutes is None and tokens is None else minutes,
         tokens=tokens,
-        data=given["recovery_data"],
+        data=given["recovery_data"] or text,
         samples=given["recovery_samples"],
         length=given["recovery_length"],
         batch=given["recovery_batch"],

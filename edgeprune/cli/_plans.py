@@ -17,13 +17,15 @@ def echo_plan(
     *,
     asked: str | None = None,
     scores: dict[str, Any] | None = None,
+    recovery: dict[str, Any] | None = None,
 ) -> None:
     """Print the figures of `light.describe_plan` and where the result lies.
 
     `asked` says what was asked for when it was not a ratio; `scores` is of `light.describe_scores`.
     """
     if form == "json":
-        echo_json({**figures, **({"scores": scores} if scores else {}), "path": str(path)})
+        more = {"scores": scores, "recovery": recovery}
+        echo_json({**figures, **{k: v for k, v in more.items() if v}, "path": str(path)})
         return
     ratio, whole = figures["ratio"], figures["ratio_all"]
     pairs = [
@@ -37,6 +39,8 @@ def echo_plan(
         pairs += vocabulary_pairs(figures["vocabulary"])
     if figures["binding"]:
         pairs.append(("held back by", figures["binding"]))
+    if recovery:
+        pairs.append(("recovery", f"{recovery['method']}: {recovery['note']}"))
     echo_pairs([*pairs, *(stability_pairs(scores) if scores else ()), ("written to", str(path))])
 
 

@@ -28,6 +28,7 @@ EXTRAS = {
         "transformers",
         "safetensors",
         "accelerate",
+        "peft",
         "huggingface_hub",
         "tokenizers",
         "sentencepiece",

@@ -15,7 +15,13 @@ from typing import Any
 import click
 
 from edgeprune import __version__, registry
-from edgeprune.cli._options import calibration_seeds_option, metric_option_option, trim_options
+from edgeprune.cli._options import (
+    calibration_seeds_option,
+    metric_option_option,
+    recovery_options,
+    recovery_recipe,
+    trim_options,
+)
 from edgeprune.config.targets import list_targets
 from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError
 from edgeprune.units import BYTE_UNITS, parse_bytes
@@ -174,6 +180,7 @@ class _Verbs(click.Group):
 )
 @calibration_seeds_option
 @trim_options
+@recovery_options("none")
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="Threads to use. Default: the best found."
 )
@@ -239,6 +246,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         sustained_s=given["sustained"],
         trim_vocab=given["trim_vocab"],
         trim_check=given["trim_check"],
+        recovery=recovery_recipe(given, seed=given["seed"], text=given["calibration"]),
         command=tuple(["edgeprune", *ctx.obj]),
     )
     with open_progress() as progress:

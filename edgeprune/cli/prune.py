@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,6 +15,8 @@ from edgeprune.cli._options import (
     metric_option_option,
     model_argument,
     out_option,
+    recovery_options,
+    recovery_recipe,
     refine_options,
     trim_options,
 )
@@ -61,6 +64,7 @@ _DECIDED = (
 @refine_options
 @calibration_options
 @trim_options
+@recovery_options("none")
 @out_option("DIR", "New Hugging Face folder; an earlier result of this verb is replaced.")
 @format_option
 @click.pass_context
@@ -89,6 +93,7 @@ def command(
     trim_check: str | None,
     out: Path,
     form: str,
+    **asked: Any,
 ) -> None:
     """Remove a share of MODEL's decoder layers and save what is left as a Hugging Face folder.
 
@@ -99,6 +104,7 @@ def command(
       edgeprune prune ./my-model --metric llm-bip --ratio 0.2 --out pruned
       edgeprune prune ./my-model --ratio 0.2 --calibration text.txt --allocator uniform --out pruned
       edgeprune prune ./my-model --plan plan.json --out pruned
+      edgeprune prune ./my-model --ratio 0.2 --recovery full --recovery-minutes 10 --out pruned
       edgeprune prune ./my-model --ratio 0 --trim-vocab languages:en,de --out trimmed
     """
     if (ratio is None) == (plan_file is None):
@@ -110,16 +116,25 @@ def command(
     from edgeprune.cli._plans import echo_plan
     from edgeprune.cli._progress import open_progress
     from edgeprune.pipeline import light, stages, trimming
+    from edgeprune.progress import Progress
 
-    figures = vocabulary = None
-    with open_progress() as progress:
+    recipe = recovery_recipe(asked, seed=seed, text=calibration)
+    if recipe is not None and trim_vocab:
+        raise ConfigError(
+            "--recovery compares with the dense parent, whose vocabulary is not trimmed",
+            "trim first, then prune the trimmed model with --recovery",
+        )
+
+    def cut(folder: Path, progress: Progress) -> dict[str, Any]:
+        """Prune into a folder; returns what is printed of it."""
+        figures = vocabulary = None
         if plan_file is not None:
-            made, before = stages.prune_to_plan(model, out, plan_file=plan_file, progress=progress)
+            made, before = stages.prune_to_plan(model, folder, plan_file=plan_file, progress=progress)
         else:
             assert ratio is not None
             made, before, scores, vocabulary = stages.prune(
                 model,
-                out,
+                folder,
                 metric_name=metric,
                 metric_options=metric_options,
                 on=stages.Calibration(
@@ -145,7 +160,18 @@ def command(
                 progress=progress,
             )
             figures = light.describe_scores(scores) if scores else None
-    described = light.describe_plan(made, before)
-    if vocabulary is not None:
-        described = trimming.with_vocabulary(described, vocabulary)
-    echo_plan(described, out, form, scores=figures)
+        described = light.describe_plan(made, before)
+        if vocabulary is not None:
+            described = trimming.with_vocabulary(described, vocabulary)
+        return {"plan": described, "scores": figures}
+
+    with open_progress() as progress:
+        if recipe is None:
+            said = cut(out, progress)
+        else:
+            from edgeprune.pipeline import recovering
+
+            said = recovering.prune_and_recover(
+                model, out, cut=cut, asked=ctx.params, recipe=recipe, progress=progress
+            )
+    echo_plan(said["plan"], out, form, scores=said["scores"], recovery=said.get("recovery"))

@@ -9,6 +9,7 @@ import click
 
 from edgeprune.cli._options import out_option, recovery_options, recovery_recipe
 from edgeprune.cli._output import echo_json, echo_pairs, format_option
+from edgeprune.errors import ConfigError
 
 
 @click.command()
@@ -19,6 +20,12 @@ from edgeprune.cli._output import echo_json, echo_pairs, format_option
     help="The dense model that DIR was pruned from. Default: SmolLM2-135M-Instruct.",
 )
 @recovery_options("auto")
+@click.option(
+    "--quantization",
+    "recovery_quantization",
+    metavar="TYPE",
+    help="GGUF type the result is meant for, such as Q4_1; for methods that train through its rounding.",
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
 )
@@ -36,7 +43,8 @@ def command(pruned: Path, parent: str | None, seed: int, out: Path, form: str, *
       accelerate launch -m edgeprune recover pruned --parent ./my-model --recovery full --out recovered
     """
     recipe = recovery_recipe(asked, seed=seed)
-    assert recipe is not None
+    if recipe is None:
+        raise ConfigError("--recovery none leaves the model as it is", "name a method, or leave it out")
 
     # help must not load torch
     from edgeprune.cli._progress import open_progress

@@ -28,10 +28,12 @@ from edgeprune.records import (
     MemoryResult,
     PrunePlan,
     QualityResult,
+    RecoveryResult,
     TokenSet,
     VerifyResult,
     make_key,
 )
+from edgeprune.recovery.recipe import RecoveryRecipe
 from edgeprune.runtimes import llama_cpp
 
 VERIFY_TOKENS = 256
@@ -63,6 +65,8 @@ class Workshop:
     memory_limit: float
     flag_choices: list[LaunchFlags]
     text: refine.Text | None = None  # what plans with compensation are solved on
+    recovery: RecoveryRecipe | None = None  # what pruned plans are trained with
+    recoveries: dict[str, RecoveryResult] = dataclasses.field(default_factory=dict)  # by plan
     progress: Progress = dataclasses.field(default_factory=Silent)
     bench_threads: int | None = None
     device: DeviceBench | None = None  # where to measure, if not here
@@ -74,10 +78,21 @@ class Workshop:
     def _pruned(self, plan: PrunePlan) -> checkpoint.Source:
         if plan.key not in self._sources:
             # one plan at a time is worked on, and what a source holds in memory is not small
-            self._sources = {
-                plan.key: refine.source_of(self.run, self.parent, plan, self.text, self.progress)
-            }
+            source = refine.source_of(self.run, self.parent, plan, self.text, self.progress)
+            if self.recovery is not None and plan.kept:
+                # help and the dense lanes must not load what trains
+                from edgeprune.pipeline import recovering
+
+                self.recoveries[plan.id], source = recovering.recovered(
+                    self.run, self.parent, plan.dims, source, plan.key, self.recovery, self.progress
+                )
+            self._sources = {plan.key: source}
         return self._sources[plan.key]
+
+    def learn_what_was_recovered(self, plan: PrunePlan) -> None:
+        """A resumed run whose files are all there has not opened the plan; the report wants its record."""
+        if self.recovery is not None and plan.kept and plan.id not in self.recoveries:
+            self._pruned(plan)
 
     def _export(self, path: Path, plan: PrunePlan, quantization: str, master: Path | None) -> int:
         source = self._pruned(plan)

@@ -38,6 +38,7 @@ from edgeprune.records import (
     Selection,
     make_key,
 )
+from edgeprune.recovery.recipe import RecoveryRecipe
 from edgeprune.report import build as report_build
 from edgeprune.report import page
 
@@ -78,6 +79,7 @@ class RunOptions:
     device_python: str | None = None
     llama_bench: str | None = None  # on the device
     keep_remote: bool = False
+    recovery: RecoveryRecipe | None = None  # None: pruned plans are not trained
     sustained_s: float = 60.0  # of decoding on a device, behind the repeats
     trim_vocab: tuple[str, ...] = ()  # texts or languages whose tokens stay; empty: all stay
     trim_check: str | None = None
@@ -114,6 +116,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, extra)
     _check_mode(target, options.mode)
+    _check_recovery(options.recovery)
     with (
         rundir.RunDir(options.out) as folder,
         device_loop.connect(
@@ -216,6 +219,19 @@ def _check_recipe(profile: Profile, quantizations: tuple[str, ...]) -> None:
         registry.load("exporters", name, "EXPORTER")
 
 
+def _check_recovery(asked: RecoveryRecipe | None) -> None:
+    if asked is None:
+        return
+    from edgeprune.pipeline import recovering
+
+    recovering.check_recipe(asked)
+    if asked.method == "group":
+        raise ConfigError(
+            "--recovery group trains through one quantization, and this job tries several",
+            "prune, then 'edgeprune recover --recovery group --quantization TYPE'",
+        )
+
+
 def _check_mode(target: DeviceTarget, mode: str | None) -> None:
     if mode is not None and mode not in [m.name for m in target.power_modes]:
         known = ", ".join(m.name for m in target.power_modes) or "none"
@@ -311,7 +327,7 @@ class _Job:
                     progress=self.progress,
                 )
         ladder = costing.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
-        ladder = self._compensated(ladder, text)
+        ladder = self._recovered(self._compensated(ladder, text))
         most = options.max_candidates or recipe.max_measured
         given = self._given_lane(ladder.plans[0], cost)
         planned = planner.lanes(
@@ -334,6 +350,7 @@ class _Job:
             flag_choices=cost.flag_choices(),
             bench_threads=options.threads,
             text=text,
+            recovery=options.recovery,
             progress=self.progress,
         )
         results = self._lanes(shop, planned, ladder.plans[0])
@@ -354,6 +371,7 @@ class _Job:
                 (r.quality.dense_perplexity for r in results if r.quality is not None), None
             ),
             "plans": ladder.plans,
+            "recoveries": self._described(shop),
             "vocabulary": trimming.describe(self.parent.vocabulary) if self.parent.vocabulary else None,
             **self._findings(shop, results, candidates, chosen),
         }
@@ -394,6 +412,27 @@ class _Job:
             "power_modes": modes,
             "samples": outputs,
         }
+
+    def _recovered(self, ladder: PlanLadder) -> PlanLadder:
+        """The same plans under keys that say how their weights are trained."""
+        asked = self.options.recovery
+        if asked is None:
+            return ladder
+        from edgeprune.pipeline import recovering
+
+        plans = tuple(
+            dataclasses.replace(p, key=recovering.recipe_key(self.parent, p.key, asked)) if p.kept else p
+            for p in ladder.plans
+        )
+        return PlanLadder(plans=plans, key=make_key("plan_ladder", [plan.key for plan in plans]))
+
+    def _described(self, shop: lanes.Workshop) -> dict[str, Any]:
+        """What recovery came to, by plan."""
+        if not shop.recoveries:
+            return {}
+        from edgeprune.pipeline import recovering
+
+        return {name: recovering.describe(result) for name, result in shop.recoveries.items()}
 
     def _compensated(self, ladder: PlanLadder, text: refine.Text | None) -> PlanLadder:
         """The same plans under keys that say what their weights are solved on."""
@@ -486,6 +525,7 @@ class _Job:
                         if done[lane.id].error:
                             self.progress.say(f"candidate {lane.id} failed: {done[lane.id].error}")
                         bar.advance()
+                    shop.learn_what_was_recovered(group[0].plan)
                     shop.drop_master(group[0].plan, keep=any(x.quantization == "F16" for x in group))
         return [done.get(lane.id) or lanes.LaneResult(lane=lane) for lane in planned]
 

@@ -137,6 +137,7 @@ def build(
         "dense_perplexity": context.get("dense_perplexity"),
         "threads": context.get("threads"),
         "plans": [_plan_row(plan) for plan in context.get("plans", ())],
+        "recoveries": to_plain(context.get("recoveries", {})),
         "candidates": [to_plain(c) for c in candidates],
         "selected": chosen.selected,
         "headline": chosen.headline,
