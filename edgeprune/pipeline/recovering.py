@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +32,9 @@ from edgeprune.records import (
     dumps,
     make_key,
 )
+from edgeprune.recovery import packed, text
 from edgeprune.recovery import recipe as recipes
 from edgeprune.recovery import run as recovery
-from edgeprune.recovery import text
 from edgeprune.recovery.recipe import RecoveryRecipe
 
 RESULT_FILE = "edgeprune_recovery.json"
@@ -156,7 +158,9 @@ def recovered(
     def valid(found: RecoveryResult) -> bool:
         if found.weights is None:
             return not found.kept
-        return weights.is_file() and rundir.sha256_file(weights) == found.weights_sha256
+        if not weights.is_file() or rundir.sha256_file(weights) != found.weights_sha256:
+            return False
+        return set(recovery.exact_names(weights)) <= set(packed.load(_blocks_of(weights)))
 
     def compute() -> RecoveryResult:
         return _recover(run, parent, dims, source, recipe, folder, weights, key, progress)
@@ -173,7 +177,15 @@ def recovered(
         shutil.rmtree(folder, ignore_errors=True)
     if not result.kept:
         return result, source
-    return result, recovery.RecoveredSource(source, weights, exact=recovery.exact_names(weights))
+    exact = recovery.exact_names(weights)
+    return result, recovery.RecoveredSource(
+        source, weights, exact=exact, packed=packed.load(_blocks_of(weights)) if exact else None
+    )
+
+
+def _blocks_of(weights: Path) -> Path:
+    """Where the exact blocks of quantized tensors lie."""
+    return weights.with_suffix("")
 
 
 def _recover(
@@ -212,6 +224,9 @@ def _recover(
     relative = sha256 = None
     if made.kept:
         if processes.is_main_process:
+            if made.packed:
+                _blocks_of(weights).mkdir(exist_ok=True)
+                packed.save(_blocks_of(weights), made.packed)
             with rundir.friendly_disk_errors(weights), rundir.atomic_path(weights) as temporary:
                 save_tensors(made.tensors, temporary, metadata=recovery.metadata(made))
         processes.wait_for_everyone()
@@ -282,11 +297,7 @@ def recover(
     """
     out = out.absolute()
     check_out(out, folder, parent_model)
-    recipes.check(recipe)
-    if recipe.method != recipes.AUTO:
-        recovery.load_method(recipe)
-    if recipe.data is not None:
-        text.read(recipe.data)  # what cannot be read is said before the slow part
+    check_recipe(recipe)
     with _work_folder(out) as run:
         processes = state()
         with processes.main_process_first():
@@ -302,6 +313,43 @@ def recover(
     if state().is_main_process:
         shutil.rmtree(run.root, ignore_errors=True)
     return result
+
+
+def prune_and_recover(
+    model: str | None,
+    out: Path,
+    *,
+    cut: Callable[[Path, Progress], dict[str, Any]],
+    asked: Mapping[str, Any],
+    recipe: RecoveryRecipe,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Prune with `cut` into OUT.pruned, recover that into `out`; a killed call goes on with either.
+
+    `asked` is the whole command: what it pruned before is taken only when the command is the same.
+    """
+    out = out.absolute()
+    check_out(out, model)
+    check_recipe(recipe)
+    staged = out.with_name(out.name + ".pruned")
+    key = make_key("staged", {k: str(v) for k, v in asked.items() if k != "form"}, edgeprune.__version__)
+    facts = staged / "edgeprune_staged.json"
+    said = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    if said.get("key") != key:
+        said = {"key": key, **cut(staged, progress)}
+        rundir.write_text(facts, json.dumps(said))
+    result = recover(staged, out, parent_model=model, recipe=recipe, progress=progress)
+    shutil.rmtree(staged, ignore_errors=True)
+    return {**said, "recovery": describe(result)}
+
+
+def check_recipe(recipe: RecoveryRecipe) -> None:
+    """Refuse what cannot be done, before the slow part. Raises ConfigError."""
+    recipes.check(recipe)
+    if recipe.method != recipes.AUTO:
+        recovery.load_method(recipe)
+    if recipe.data is not None:
+        text.read(recipe.data)
 
 
 def check_pair(parent: Parent, pruned: Parent) -> None:
@@ -323,6 +371,8 @@ def write_folder(
     shapes = graphs.graph_of(graphs.find_family(dims.family), dims).shapes
     with rundir.friendly_disk_errors(out):
         surgery.save(made, source, shapes, extras=pruned.folder)
+        if isinstance(source, recovery.RecoveredSource):
+            packed.save(made, source.packed)
         plan = pruned.folder / PLAN_FILE
         if plan.is_file():
             shutil.copyfile(plan, made / PLAN_FILE)
