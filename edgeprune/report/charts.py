@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _ATTRIBUTES = {
     *("fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-opacity", "fill-opacity", "opacity"),
     *("text-anchor", "font-size", "font-weight", "stroke-linejoin", "stroke-linecap", "stroke-miterlimit"),
 }
+_REORDER = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _PAINT = re.compile(r"var\(--[a-z0-9-]+\)|none|transparent|#[0-9a-fA-F]{3,8}|[a-z]+")
 
 
@@ -64,8 +66,27 @@ def draw(spec: Spec, label: str) -> str:
     """An inline SVG of a specification; `label` is what a screen reader says instead."""
     import vl_convert
 
-    raw = vl_convert.vegalite_to_svg(json.dumps(spec))
-    return clean(raw, label)
+    # text that XML cannot hold never reaches the renderer
+    raw = vl_convert.vegalite_to_svg(json.dumps(_visible(spec)))
+    return clean(raw, visible(label))
+
+
+def _visible(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _visible(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_visible(v) for v in value]
+    return visible(value) if isinstance(value, str) else value
+
+
+def visible(text: str) -> str:
+    """Text without what a terminal obeys, what reorders it, and what XML refuses."""
+    return "".join("\ufffd" if _hidden(c) else c for c in text)
+
+
+def _hidden(c: str) -> bool:
+    kind = unicodedata.category(c)
+    return (kind in ("Cc", "Cs", "Cn") and c not in "\n\t") or c in _REORDER
 
 
 def clean(raw: str, label: str) -> str:
@@ -157,8 +178,18 @@ class _Scale:
         return (value - self.low) / (self.high - self.low)
 
 
-def _x_scale(values: Sequence[float], limit: float | None) -> tuple[_Scale, bool]:
+def in_view(points: Sequence[Point], limit: float | None) -> tuple[list[Point], bool]:
+    """Points that a chart of them shows, and whether it shows the limit."""
+    judged = [p for p in points if p.y is not None]
+    if not judged:
+        return [], False
+    x, near = _x_scale(judged, limit)
+    return [p for p in points if p.y is not None or x.low <= p.x <= x.high], near
+
+
+def _x_scale(judged: Sequence[Point], limit: float | None) -> tuple[_Scale, bool]:
     """Room for every value and its name, and for the limit where it is near enough to be shown."""
+    values = [v for p in judged for v in (p.x, p.x_low, p.x_high) if v is not None]
     low, high = min(values), max(values)
     near = limit is not None and low / 2 <= limit <= 2 * high
     if near and limit is not None:
@@ -201,8 +232,7 @@ def quality_chart(
     if not judged:
         return None
     height = 330 if width >= WIDE else 320
-    ends = [v for p in judged for v in (p.x, p.x_low, p.x_high) if v is not None]
-    x, near = _x_scale(ends, x_limit)
+    x, near = _x_scale(judged, x_limit)
     y = _y_scale([v for p in judged for v in (p.y, p.y_low, p.y_high) if v is not None], y_limit)
     x_axis: Spec = {
         "field": "x",
@@ -219,7 +249,10 @@ def quality_chart(
         "axis": {"values": y_ticks(y), "format": "~g", "domain": False, "ticks": False},
     }
     rows = [_row(p, x_unit, y) for p in judged]
-    frame = {"data": {"values": [{"x": x.low, "y": y.low}]}, "mark": {"type": "point", "opacity": 0}}
+    frame = {
+        "data": {"values": [{"x": x.low, "y": y.low}]},
+        "mark": {"type": "point", "opacity": 0, "aria": False},
+    }
     layers: list[Spec] = [{**frame, "encoding": {"x": x_axis, "y": y_axis}}]
     layers += _limit_layers(x, y, x_limit if near else None, x_limit_is, x_unit, y_limit)
     layers += _lines(rows, x_limit_is == "least")
@@ -398,7 +431,7 @@ def _labels(
     rows = []
     for p in sorted(points, key=lambda p: (not p.marked, p.y or 0)):
         cx, cy = at[p.name]
-        long, far = 6.6 * len(p.label), 13 if p.marked else 9
+        long, far = (7.4 if p.marked else 6.8) * len(p.label), 13 if p.marked else 9
         places = {
             "left": (cx + far, cy - 7, cx + far + long, cy + 7),
             "right": (cx - far - long, cy - 7, cx - far, cy + 7),

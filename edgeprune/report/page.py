@@ -111,21 +111,27 @@ def _environment() -> jinja2.Environment:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     made.filters.update(
         bytes=lambda v: "-" if v is None else format_bytes(v),
         mb=lambda v: "-" if v is None else f"{v / 1e6:.1f}",
         number=lambda v, digits=2: "-" if v is None else f"{v:.{digits}f}",
         percent=lambda v, digits=1: "-" if v is None else f"{100 * v:.{digits}f}",
-        visible=_visible,
+        short=_short,
         plain=_plain,
     )
     return made
 
 
-def _visible(text: Any) -> str:
-    """Generated text without control characters, and not endless."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text))
+def _shown(value: Any) -> Any:
+    """Every string of the page, without what reorders or hides text."""
+    return charts.visible(value) if type(value) is str else value
+
+
+def _short(text: Any) -> str:
+    """Generated text, not endless."""
+    shown = str(text)
     return shown if len(shown) <= _MOST_TEXT else shown[:_MOST_TEXT] + " ..."
 
 
@@ -172,7 +178,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "samples": _samples(report),
         "command": shlex.join(str(part) for part in report["command"]),
         "limits": {name: _limit(limit) for name, limit in report["budget"].items()},
-        "recovered": [c for c in rows if c.get("recovery")],
+        "recoveries": dict(report.get("recoveries") or {}),
         "evaluations": _evaluations(report),
         "vocabulary": report.get("vocabulary"),
         "power_modes": list(report.get("power_modes") or ()),
@@ -185,14 +191,22 @@ def _limit(limit: Row) -> str:
     return f"{limit['value']:g} {limit['unit']}"
 
 
-def _evaluations(report: Mapping[str, Any]) -> list[Row]:
-    """Rows of tasks that were run on candidates later, where the report has any."""
-    found = report.get("evaluations") or ()
-    return [row for row in found if isinstance(row, Mapping)]
+def _evaluations(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Perplexities and accuracies that 'edgeprune eval' found, one row each, where the report has any."""
+    out = []
+    for one in report.get("evaluations") or ():
+        of = one["path"]
+        for text in one.get("texts") or ():
+            what = f"{text['text']}, windows of {text['window']}: perplexity"
+            out.append({"of": of, "what": what, "value": text["value"], "stderr": text.get("stderr")})
+        for task in one.get("tasks") or ():
+            for name, found in task["metrics"].items():
+                what = f"{task['task']}, {task['items']} items: {name}"
+                out.append({"of": of, "what": what, **found})
+    return out
 
 
 def _table_row(report: Mapping[str, Any], c: Row) -> dict[str, Any]:
-    missed = [name.replace("_", " ") for name, ok in c["meets"].items() if not ok]
     pair = (report.get("against_selected") or {}).get(c["id"])
     return {
         "c": c,
@@ -203,7 +217,6 @@ def _table_row(report: Mapping[str, Any], c: Row) -> dict[str, Any]:
         else "nearest"
         if c["id"] == report.get("nearest")
         else "",
-        "limits": "failed" if c["error"] else "misses " + ", ".join(missed) if missed else "met",
         "pair": pair,
     }
 
@@ -330,16 +343,19 @@ def _charts(
             narrow=charts.quality_chart(known, width=charts.NARROW, y_limit=limit("kl"), **settings),
         )
         if drawn is not None:
-            beyond = settings["x_limit"]
+            seen, near = charts.in_view(known, settings["x_limit"])
             out.append(
                 {
                     "name": name,
                     "title": title,
                     "points": sorted(known, key=lambda p: (p.y is None, p.y or 0, p.x)),
                     "unit": settings["x_unit"],
-                    "planned": any(p.y is None for p in known),
-                    "predicted": any(p.y is not None and not p.measured for p in known),
-                    "outside": beyond is not None and not _near(beyond, known),
+                    "dense": any(p.dense and p.y is not None for p in seen),
+                    "pruned": any(not p.dense and p.y is not None for p in seen),
+                    "planned": any(p.y is None for p in seen),
+                    "predicted": any(p.y is not None and not p.measured for p in seen),
+                    "limit": near,
+                    "outside": settings["x_limit"] is not None and not near,
                     **_markup(drawn),
                 }
             )
@@ -371,11 +387,6 @@ def _charts(
 def _markup(drawn: Mapping[str, str]) -> dict[str, Markup]:
     # `charts.clean` lets shapes and escaped text through and nothing else
     return {name: Markup(svg) for name, svg in drawn.items()}
-
-
-def _near(limit: float, points: Sequence[charts.Point]) -> bool:
-    xs = [v for p in points if p.y is not None for v in (p.x, p.x_low, p.x_high) if v is not None]
-    return min(xs) / 2 <= limit <= 2 * max(xs)
 
 
 def _label(c: Row) -> str:

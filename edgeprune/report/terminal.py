@@ -12,6 +12,7 @@ from rich.table import Table
 from edgeprune.units import format_bytes
 
 _WIDTH = 120
+_SAID = ("do-not-prune", "prune")  # what the headline says
 
 
 def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
@@ -19,6 +20,9 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
     out = io.StringIO()
     console = Console(file=out, width=_WIDTH, force_terminal=False, highlight=False, soft_wrap=False)
     console.print(report["headline"], soft_wrap=True)
+    for answer in report.get("answers") or ():
+        if answer["code"] not in _SAID:
+            console.print(f"- {answer['text']}", soft_wrap=True)
     model, target, profile = report["model"], report["target"], report["profile"]
     workload = profile["workload"]
     console.print(
