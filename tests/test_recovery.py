@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -443,3 +444,62 @@ def test_recovered_tensors_keep_the_types_they_had(pair: Pair, tmp_path: Path) -
     assert torch.equal(source.tensor(other), load_file(tmp_path / "w.safetensors")[other])
     untouched = "model.norm.weight"
     assert torch.equal(source.tensor(untouched), pair.pruned.tensor(untouched).bfloat16())
+
+
+# ---------------------------------------------------------------- auto
+
+
+def test_auto_spends_the_minutes_on_what_helps(pair: Pair, tmp_path: Path) -> None:
+    asked = recipe("auto", tokens=None, minutes=0.15, rate=None)
+    made = pair.recover(tmp_path, asked)
+    tried = {one.candidate.label: one for one in made.tried}
+    assert {"lora 0.001", "lora 0.0004"} <= set(tried)
+    winner = tried[made.candidate.label]
+    assert winner.kl == made.trained.best.kl
+    assert winner.seconds == max(one.seconds for one in made.tried)
+    assert made.kept
+    # the finalist was among the better half of the first round
+    rounds = json.loads((tmp_path / "auto.json").read_text())
+    first = {name[2:]: figures["kl"] for name, figures in rounds.items() if name.startswith("0 ")}
+    second = {name[2:]: figures["kl"] for name, figures in rounds.items() if name.startswith("1 ")}
+    assert len(first) == len(run.candidates(asked))
+    assert set(second) == set(sorted(first, key=lambda name: first[name])[: len(second)])
+    assert made.candidate.label == min(second, key=lambda name: second[name])
+
+
+def test_auto_does_not_decide_anew_after_a_kill(pair: Pair, tmp_path: Path) -> None:
+    asked = recipe("auto", tokens=None, minutes=0.15, rate=None)
+    (tmp_path / "auto.json").write_text(
+        json.dumps(
+            {
+                f"0 {c.label}": {"seconds": 0.1, "tokens": 8, "kl": kl, "wall": 0.1}
+                for c, kl in zip(run.candidates(asked), (0.1, 0.4, 0.3, 0.2, 0.5, 0.6), strict=False)
+            }
+        )
+    )
+    made = pair.recover(tmp_path, asked)
+    rounds = json.loads((tmp_path / "auto.json").read_text())
+    labels = [c.label for c in run.candidates(asked)]
+    assert {name[2:] for name in rounds if name.startswith("1 ")} == {labels[0], labels[3]}
+    assert made.candidate.label in (labels[0], labels[3])
+
+
+def test_a_pause_changes_nothing(pair: Pair, tmp_path: Path) -> None:
+    method: Method = registry.load("recovery.methods", "lora", "METHOD")
+    teacher = Teacher(pair.parent(torch.float32))
+    held = teacher.compute(pair.held.tokens)
+    asked = train.Training(rate=1e-3, batch=8, steps=6, seconds=None, seed=1)
+
+    def go(folder: Path, pause_s: float | None) -> tuple[train.Trained, dict[str, torch.Tensor]]:
+        attached = method.attach(pair.student(), pair.setting(method))
+        trainer = train.Trainer(
+            *(attached, pair.rows, pair.held, teacher, asked, folder, Silent()), held_targets=held
+        )
+        return trainer.run(pause_s=pause_s), attached.state()
+
+    whole, weights = go(tmp_path / "whole", None)
+    first, _ = go(tmp_path / "parts", 0.0)
+    assert first.steps == 1
+    second, again = go(tmp_path / "parts", None)
+    assert second.losses == whole.losses
+    assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -29,8 +29,10 @@ from edgeprune.records import (
     ModelDims,
     RecoveryPoint,
     RecoveryResult,
+    RecoveryTry,
     dumps,
     make_key,
+    to_plain,
 )
 from edgeprune.recovery import packed, text
 from edgeprune.recovery import recipe as recipes
@@ -201,7 +203,6 @@ def _recover(
 ) -> RecoveryResult:
     began = time.monotonic()
     processes = state()
-    method, options = recovery.load_method(recipe)
     with processes.main_process_first():
         words = training_text(parent, recipe, folder, progress)
 
@@ -233,13 +234,13 @@ def _recover(
         relative, sha256 = run.relative(weights), rundir.sha256_file(weights)
     trained = made.trained
     return RecoveryResult(
-        method=method.name,
-        options=options,
+        method=made.candidate.method.name,
+        options=made.candidate.options,
         objective=recipe.objective,
         text=words.origin,
         quantization=recipe.quantization,
         seed=recipe.seed,
-        rate=made.rate,
+        rate=made.candidate.rate,
         steps=trained.steps,
         tokens=trained.points[-1].tokens,
         seconds=round(trained.seconds, 3),
@@ -253,6 +254,17 @@ def _recover(
         weights=relative,
         weights_sha256=sha256,
         key=key,
+        tried=tuple(
+            RecoveryTry(
+                method=one.candidate.method.name,
+                options=one.candidate.options,
+                rate=one.candidate.rate,
+                seconds=round(one.seconds, 3),
+                tokens=one.tokens,
+                kl=one.kl,
+            )
+            for one in made.tried
+        ),
     )
 
 
@@ -398,4 +410,5 @@ def describe(result: RecoveryResult) -> dict[str, object]:
         "kl_after": result.kl_after,
         "kept": result.kept,
         "note": result.note,
+        "tried": [to_plain(one) for one in result.tried],
     }

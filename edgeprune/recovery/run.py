@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,26 +22,51 @@ from edgeprune import checkpoint, reconstruction, registry, rundir
 from edgeprune import graph as graphs
 from edgeprune.progress import Progress
 from edgeprune.records import ModelDims
-from edgeprune.recovery.methods.base import Method, Packed, Setting
-from edgeprune.recovery.recipe import RecoveryRecipe
+from edgeprune.recovery.methods.base import Attached, Method, Packed, Setting
+from edgeprune.recovery.recipe import AUTO, RecoveryRecipe
 from edgeprune.recovery.teacher import TOP, Cache, Targets, Teacher
 from edgeprune.recovery.text import Rows
 from edgeprune.recovery.train import Trained, Trainer, Training
 
 # share of the KL in the objective; the rest is the plain loss on the text
 DISTILL = 1.0
+ROUNDS = (0.05, 0.1)  # of auto: share of the time for each candidate that is left
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to train: a method with its switches resolved, and a learning rate."""
+
+    method: Method
+    options: dict[str, str]
+    rate: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.method.name} {self.rate:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Try:
+    """How far a candidate of auto came: its own seconds and tokens, its best KL."""
+
+    candidate: Candidate
+    seconds: float
+    tokens: int
+    kl: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovered:
     """`tensors` are those that changed, float32, by Hugging Face name; none when it was discarded."""
 
+    candidate: Candidate
     trained: Trained
-    rate: float
     kept: bool
     note: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     packed: dict[str, Packed] = field(default_factory=dict)
+    tried: tuple[Try, ...] = ()
 
 
 def half_here(device: torch.device) -> bool:
@@ -62,6 +91,63 @@ def assemble(source: checkpoint.Source, dims: ModelDims) -> nn.Module:
     return model
 
 
+@dataclass(slots=True, kw_only=True)
+class _Bench:
+    """What every candidate is trained with."""
+
+    source: checkpoint.Source
+    dims: ModelDims
+    dense: ModelDims | None
+    rows: Rows
+    held: Rows
+    teacher: Teacher
+    held_targets: Targets
+    recipe: RecoveryRecipe
+    half: bool
+    progress: Progress
+
+    def train(
+        self,
+        candidate: Candidate,
+        folder: Path,
+        *,
+        steps: int | None,
+        seconds: float | None,
+        used_s: float = 0.0,
+        pause_s: float | None = None,
+        after_step: Callable[[int], None] | None = None,
+    ) -> tuple[Attached, Trained]:
+        """Train to the end, or to a pause from which a later call goes on; what is in `folder` counts."""
+        recipe = self.recipe
+        attached = candidate.method.attach(
+            assemble(self.source, self.dims),
+            Setting(
+                dims=self.dims,
+                dense=self.dense,
+                quantization=recipe.quantization,
+                seed=recipe.seed,
+                options=candidate.options,
+            ),
+        )
+        training = Training(
+            rate=candidate.rate,
+            batch=recipe.batch,
+            steps=steps,
+            seconds=seconds,
+            seed=recipe.seed,
+            distill=DISTILL if recipe.objective == "distill" else 0.0,
+            half=self.half,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            checkpoint_s=recipe.checkpoint_s,
+        )
+        trainer = Trainer(
+            *(attached, self.rows, self.held, self.teacher, training, folder, self.progress),
+            held_targets=self.held_targets,
+            used_s=used_s,
+        )
+        return attached, trainer.run(after_step, pause_s=pause_s)
+
+
 def recover(
     source: checkpoint.Source,
     dims: ModelDims,
@@ -82,45 +168,50 @@ def recover(
     Every process of a distributed run calls this; all get the result.
     """
     began = time.monotonic()
-    method, options = load_method(recipe)
     accelerator = Accelerator()
-    device = accelerator.device
-    half = half_here(device)
+    half = half_here(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
-    live = recipe.objective == "distill" and method.rate > 0
+    live = recipe.objective == "distill" and recipe.method != "none"
     teacher, held_targets = _teach(parent, rows, held, folder, accelerator, half=half, live=live)
-    student = assemble(source, dims)
-    attached = method.attach(
-        student,
-        Setting(dims=dims, dense=dense, quantization=recipe.quantization, seed=recipe.seed, options=options),
-    )
-    rate = method.rate if recipe.rate is None else recipe.rate
-    training = Training(
-        rate=rate,
-        batch=recipe.batch,
-        steps=0 if method.rate == 0 else recipe.steps,
-        seconds=None if recipe.minutes is None else 60.0 * recipe.minutes,
-        seed=recipe.seed,
-        distill=DISTILL if recipe.objective == "distill" else 0.0,
-        half=half,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        checkpoint_s=recipe.checkpoint_s,
-    )
-    trainer = Trainer(
-        *(attached, rows, held, teacher, training, folder, progress),
+    bench = _Bench(
+        source=source,
+        dims=dims,
+        dense=dense,
+        rows=rows,
+        held=held,
+        teacher=teacher,
         held_targets=held_targets,
-        used_s=_spent(folder, used_s + time.monotonic() - began, accelerator),
+        recipe=recipe,
+        half=half,
+        progress=progress,
     )
-    trained = trainer.run(after_step)
+    seconds = None if recipe.minutes is None else 60.0 * recipe.minutes
+    used_s = _spent(folder, used_s + time.monotonic() - began, accelerator)
+    if recipe.method == AUTO:
+        assert seconds is not None
+        return _halving(bench, folder, seconds, used_s, accelerator, after_step)
+    method, options = load_method(recipe)
+    rate = method.rate if recipe.rate is None else recipe.rate
+    candidate = Candidate(method=method, options=options, rate=rate)
+    steps = 0 if method.rate == 0 else recipe.steps
+    attached, trained = bench.train(
+        candidate, folder, steps=steps, seconds=seconds, used_s=used_s, after_step=after_step
+    )
+    return _finish(bench, candidate, attached, trained)
+
+
+def _finish(bench: _Bench, candidate: Candidate, attached: Attached, trained: Trained) -> Recovered:
+    """Merge what was trained, or discard it when no evaluation was better than the start."""
     before, after = trained.points[0].kl, trained.best.kl
+    source = bench.source
     if trained.best.step == 0:
         last = trained.points[-1].kl
         note = f"discarded: the validation KL went from {before:.4f} to {last:.4f} nats/token"
         if trained.steps == 0:
             note = "nothing was trained"
-        return Recovered(trained=trained, rate=rate, kept=False, note=note)
+        return Recovered(candidate=candidate, trained=trained, kept=False, note=note)
     attached.merge_()
-    shapes = graphs.graph_of(graphs.find_family(dims.family), dims).shapes
+    shapes = graphs.graph_of(graphs.find_family(bench.dims.family), bench.dims).shapes
     state = {name: value for name, value in attached.model.state_dict().items() if name in shapes}
     packed = attached.packed()
     tensors = {}
@@ -130,13 +221,105 @@ def recover(
             tensors[name] = value
     source.close()
     return Recovered(
+        candidate=candidate,
         trained=trained,
-        rate=rate,
         kept=True,
         note=f"validation KL {before:.4f} to {after:.4f} nats/token",
         tensors=tensors,
         packed=packed,
     )
+
+
+# ---------------------------------------------------------------- auto
+
+
+def candidates(recipe: RecoveryRecipe) -> list[Candidate]:
+    """What auto tries: every method that trains plain weights, at its own rate and at a neighbour's."""
+    found = []
+    for name in registry.names("recovery.methods"):
+        method: Method = registry.load("recovery.methods", name, "METHOD")
+        if method.rate > 0 and method.quantized == (recipe.quantization is not None):
+            base = method.rate if recipe.rate is None else recipe.rate
+            options = method.resolve({})
+            found += [Candidate(method=method, options=options, rate=base * by) for by in (1.0, 0.4)]
+    return found
+
+
+def _halving(
+    bench: _Bench,
+    folder: Path,
+    seconds: float,
+    used_s: float,
+    accelerator: Accelerator,
+    after_step: Callable[[int], None] | None,
+) -> Recovered:
+    """All candidates a little, the better half a little more, the best one the rest of the time.
+
+    Nobody starts again: a candidate that goes on does so from its checkpoint. What the rounds measured lies
+    in a file, so that a killed run does not decide anew.
+    """
+    left = seconds - used_s
+    alive = candidates(bench.recipe)
+    tries: dict[str, Try] = {}
+    path = folder / "auto.json"
+    known: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    for round_ in range(len(ROUNDS)):
+        if len(alive) == 1:
+            break
+        for candidate in alive:
+            name = f"{round_} {candidate.label}"
+            if name not in known:
+                bench.progress.say(f"recover: {candidate.label}, round {round_ + 1}")
+                began = time.monotonic()
+                _, trained = bench.train(
+                    candidate,
+                    folder / candidate.label.replace(" ", "-"),
+                    steps=None,
+                    seconds=left,
+                    pause_s=sum(ROUNDS[: round_ + 1]) * left,
+                    after_step=after_step,
+                )
+                last = trained.points[-1]
+                known[name] = {
+                    "seconds": trained.seconds,
+                    "tokens": last.tokens,
+                    "kl": trained.best.kl,
+                    "wall": time.monotonic() - began,
+                }
+                known = _agreed(known, accelerator)
+                if accelerator.is_main_process:
+                    rundir.write_text(path, json.dumps(known))
+            figures = {k: v for k, v in known[name].items() if k != "wall"}
+            tries[candidate.label] = Try(candidate=candidate, **figures)
+        alive = sorted(alive, key=lambda c: tries[c.label].kl)[: math.ceil(len(alive) / 2)]
+        if round_ + 1 == len(ROUNDS):
+            alive = alive[:1]
+    best = alive[0]
+    rest = left - sum(figures["wall"] for figures in known.values())
+    own = tries[best.label].seconds if best.label in tries else 0.0
+    bench.progress.say(f"recover: {best.label} has the rest of the time")
+    attached, trained = bench.train(
+        best,
+        folder / best.label.replace(" ", "-"),
+        steps=bench.recipe.steps,
+        seconds=max(own + rest, own + 1.0),
+        after_step=after_step,
+    )
+    last = trained.points[-1]
+    tries[best.label] = Try(candidate=best, seconds=trained.seconds, tokens=last.tokens, kl=trained.best.kl)
+    made = _finish(bench, best, attached, trained)
+    return dataclasses.replace(made, tried=tuple(tries.values()))
+
+
+def _agreed(value: Any, accelerator: Accelerator) -> Any:
+    """The main process's value, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
 
 
 def _teach(

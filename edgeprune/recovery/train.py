@@ -306,8 +306,13 @@ class Trainer:
 
     # ------------------------------------------------ the run
 
-    def run(self, after_step: Callable[[int], None] | None = None) -> Trained:
-        """Train to the end and leave the best state in the model. `after_step` is told each finished step."""
+    def run(
+        self, after_step: Callable[[int], None] | None = None, *, pause_s: float | None = None
+    ) -> Trained:
+        """Train to the end and leave the best state in the model. `after_step` is told each finished step.
+
+        After `pause_s` of the time limit it is left in a checkpoint instead, for a later call to go on.
+        """
         training = self.training
         self._prepare()
         journal = self._agree(self._read_journal())
@@ -346,10 +351,16 @@ class Trainer:
                     saved_at, save_took = clock.read(), clock.read() - before
                 if after_step is not None:
                     after_step(step)
+                if pause_s is not None and self._agree(clock.read() >= pause_s):
+                    if points[-1].step != step:
+                        points.append(self._evaluated(points, step, clock))
+                    self._checkpoint(self._facts(step, clock, points, losses))
+                    break
+        paused = journal.end is None or step < journal.end
         if points[-1].step != step:
             points.append(self._evaluated(points, step, clock))
         best = min(points, key=lambda p: p.kl)
-        if best.step not in (0, step):
+        if best.step not in (0, step) and not paused:
             self._load_best()
         seconds = clock.read()
         self._release()
