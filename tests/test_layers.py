@@ -47,6 +47,7 @@ LAYERS = {
     "runtimes": 9,
     "devices": 9,
     "bench": 9.5,  # drives the runtimes on a device
+    "evaluation": 9.5,  # drives the runtimes over benchmark items
     "selection": 10,
     "report": 10,
     "bundle": 10.5,  # launch lines are the report's

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ def run(
     timeout_s: float,
     label: str,
     env: dict[str, str] | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Start `python -m module JOBFILE` and return its answer.
+    """Start `python -m module JOBFILE` and return its answer; `poll` is called about once a second meanwhile.
 
     Raises StageError with its last words, OSError for an error of the disk that the job names.
     """
@@ -44,7 +47,7 @@ def run(
                 env=env,
             )
             try:
-                code = process.wait(timeout=timeout_s)
+                code = _wait(process, timeout_s, poll)
             except subprocess.TimeoutExpired:
                 raise StageError(
                     f"{label} {job} did not finish within {timeout_s:.0f} s",
@@ -65,6 +68,19 @@ def run(
             )
         raise StageError(answer["error"])
     return dict(answer["ok"])
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float, poll: Callable[[], None] | None) -> int:
+    if poll is None:
+        return process.wait(timeout=timeout_s)
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            return process.wait(timeout=min(1.0, max(0.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise
+            poll()
 
 
 def _ending(code: int) -> str:

@@ -79,6 +79,7 @@ class _Session:
         n_ctx: int | None = None,
         n_batch: int | None = None,
         logits_bytes: int | None = None,
+        n_seq: int = 1,
     ) -> None:
         lib = self.lib = engine.lib
         self.engine = engine
@@ -103,7 +104,8 @@ class _Session:
         context_params.n_ctx = self.n_ctx
         context_params.n_batch = self.n_batch
         context_params.n_ubatch = min(int(flags["ubatch"]), self.n_batch)
-        context_params.n_seq_max = 1
+        context_params.n_seq_max = n_seq
+        context_params.kv_unified = n_seq > 1  # sequences that share a prefix
         context_params.n_threads = context_params.n_threads_batch = threads
         context_params.type_k = context_params.type_v = KV_TYPES[flags["kv_type"]]
         context_params.flash_attn_type = (
@@ -115,7 +117,7 @@ class _Session:
         self.context = lib.llama_init_from_model(self.model, context_params)
         if not self.context:
             raise JobError(f"llama.cpp cannot open a context of {self.n_ctx} tokens: {engine.why()}")
-        self.batch = lib.llama_batch_init(self.n_batch, 0, 1)
+        self.batch = lib.llama_batch_init(self.n_batch, 0, n_seq)
         self.position = 0
 
     def clear(self) -> None:
@@ -469,6 +471,158 @@ def _piece(session: _Session, token: int) -> bytes:
     return room.raw[: max(0, n)]
 
 
+# ---------------------------------------------------------------- score
+
+_MOST_SEQUENCES = 32
+_PACK_TOKENS = 512  # groups that are computed together; each token looks at all cells in use
+
+
+def _nodes(group: dict[str, Any], first_seq: int) -> Iterator[tuple[int, int, list[int], list[Any]]]:
+    """Yield (token, position, sequences, wanted) of a group: its prefix once, then each tail.
+
+    `wanted` lists (choice, target token) pairs whose probability is read behind this token.
+    """
+    prefix, tails = group["prefix"], group["tails"]
+    starts, targets = group["starts"], group["targets"]
+    everyone = [first_seq + c for c in range(len(tails))]
+
+    def wanted(choice: int, at: int) -> list[Any]:
+        k = at - starts[choice]
+        return [(choice, targets[choice][k])] if 0 <= k < len(targets[choice]) else []
+
+    for at, token in enumerate(prefix):
+        yield token, at, everyone, [w for c in range(len(tails)) for w in wanted(c, at)]
+    for choice, tail in enumerate(tails):
+        for i, token in enumerate(tail):
+            at = len(prefix) + i
+            yield token, at, [everyone[choice]], wanted(choice, at)
+
+
+def score(args: dict[str, Any]) -> dict[str, Any]:
+    """Append one JSON line per group: summed log-likelihoods, and whether every target was the likeliest."""
+    with open(args["groups"], encoding="utf-8") as f:
+        groups = [json.loads(line) for line in f]
+    sizes = [len(g["prefix"]) + sum(len(t) for t in g["tails"]) for g in groups]
+    pack = max([*sizes, _PACK_TOKENS])
+    session = _Session(
+        _Engine(),
+        args["path"],
+        args["flags"],
+        threads=args["threads"],
+        n_ctx=-(-pack // 256) * 256,
+        n_batch=_PACK_TOKENS,
+        n_seq=max(_MOST_SEQUENCES, *(len(g["tails"]) for g in groups)),
+    )
+    # rows of logits held at once
+    most_rows = max(1, (64 << 20) // (4 * session.vocab))
+    most_seqs = max(_MOST_SEQUENCES, *(len(g["tails"]) for g in groups))
+    with open(args["out"], "a", encoding="utf-8") as out:
+        held: list[dict[str, Any]] = []
+        tokens = seqs = 0
+        for group, size in zip(groups, sizes, strict=True):
+            if held and (tokens + size > _PACK_TOKENS or seqs + len(group["tails"]) > most_seqs):
+                _score_pack(session, held, most_rows, out)
+                held, tokens, seqs = [], 0, 0
+            held.append(group)
+            tokens += size
+            seqs += len(group["tails"])
+        if held:
+            _score_pack(session, held, most_rows, out)
+    return {"groups": len(groups), "vocab": session.vocab}
+
+
+def _score_pack(session: _Session, groups: list[dict[str, Any]], most_rows: int, out: Any) -> None:
+    """Compute groups side by side in one cache and write their lines."""
+    import numpy as np
+
+    sums = [[0.0] * len(g["tails"]) for g in groups]
+    greedy = [[True] * len(g["tails"]) for g in groups]
+    session.clear()
+    batch, lib = session.batch, session.lib
+    held: list[tuple[int, list[Any]]] = []  # (group, wanted) of each row of logits
+    n = 0
+
+    def flush() -> None:
+        nonlocal held, n
+        batch.n_tokens = n
+        # the library wants at least one row
+        spare = not held
+        if spare:
+            batch.logits[n - 1] = True
+        code = lib.llama_decode(session.context, batch)
+        if code != 0:
+            raise JobError(f"llama.cpp failed to score {n} tokens (code {code})")
+        lib.llama_synchronize(session.context)
+        rows = session.logits(max(1, len(held)))
+        for r, (g, wanted) in enumerate(held):
+            row = rows[r]
+            peak = row.max()
+            if not np.isfinite(peak):
+                raise JobError("the model gives logits that are not finite")
+            total = float(peak) + float(np.log(np.exp(row - peak).sum(dtype=np.float64)))
+            best = int(row.argmax())
+            for choice, target in wanted:
+                sums[g][choice] += float(row[target]) - total
+                greedy[g][choice] = greedy[g][choice] and best == target
+        held, n = [], 0
+
+    first = 0
+    for g, group in enumerate(groups):
+        for token, at, seqs, wanted in _nodes(group, first):
+            if not 0 <= token < session.vocab:
+                raise JobError(f"token {token} is not in the model's vocabulary of {session.vocab}")
+            if n == session.n_batch or (wanted and len(held) == most_rows):
+                flush()
+            batch.token[n] = token
+            batch.pos[n] = at
+            batch.n_seq_id[n] = len(seqs)
+            for k, seq in enumerate(seqs):
+                batch.seq_id[n][k] = seq
+            batch.logits[n] = bool(wanted)
+            n += 1
+            if wanted:
+                held.append((g, wanted))
+        first += len(group["tails"])
+    if n:
+        flush()
+    for g, group in enumerate(groups):
+        out.write(json.dumps({"h": group["h"], "ll": sums[g], "greedy": greedy[g]}) + "\n")
+    out.flush()
+
+
+def tokenize(args: dict[str, Any]) -> dict[str, Any]:
+    """Token ids of texts with the file's own tokenizer; and what its vocabulary says of itself."""
+    engine = _Engine()
+    lib = engine.lib
+    params = lib.llama_model_default_params()
+    params.vocab_only = True
+    model = lib.llama_model_load_from_file(os.fsencode(args["path"]), params)
+    if not model:
+        raise JobError(f"llama.cpp cannot load {os.path.basename(args['path'])}: {engine.why()}")
+    vocab = lib.llama_model_get_vocab(model)
+    with open(args["texts"], encoding="utf-8") as f:
+        texts = json.load(f)
+    room = 64
+    buffer = (ctypes.c_int32 * room)()
+    ids: list[list[int]] = []
+    for text, special in texts:
+        data = text.encode("utf-8")
+        if len(data) + 8 > room:
+            room = len(data) + 8
+            buffer = (ctypes.c_int32 * room)()
+        n = lib.llama_tokenize(vocab, data, len(data), buffer, room, special, True)
+        if n < 0:
+            raise JobError(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
+        ids.append(list(buffer[:n]))
+    with open(args["out"], "w", encoding="utf-8") as f:
+        json.dump(ids, f)
+    return {
+        "vocab": lib.llama_vocab_n_tokens(vocab),
+        "bos": lib.llama_vocab_bos(vocab),
+        "eos": lib.llama_vocab_eos(vocab),
+    }
+
+
 # ---------------------------------------------------------------- quantize
 
 
@@ -522,6 +676,8 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "logits": logits,
     "reference": reference,
     "quality": quality,
+    "score": score,
+    "tokenize": tokenize,
     "quantize": quantize,
     "generate": generate,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,14 @@ def available(engine: str) -> str | None:
     return None
 
 
-def start(engine: str, job: str, folder: Path, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+def start(
+    engine: str,
+    job: str,
+    folder: Path,
+    args: dict[str, Any],
+    timeout_s: float,
+    poll: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Run one job. Raises MissingExtraError, ConfigError for a broken folder, StageError from the job."""
     for module, name in (_LIBRARIES[engine], ("onnx", "onnx")):
         if importlib.util.find_spec(module) is None:
@@ -41,7 +48,7 @@ def start(engine: str, job: str, folder: Path, args: dict[str, Any], timeout_s: 
     model = exporter.find_model(folder)
     exporter.load_model(model)
     given = {**args, "engine": engine, "folder": str(folder.absolute()), "model": str(model.absolute())}
-    return _child.run(_WORKER, job, given, timeout_s=timeout_s, label=_LABELS[engine])
+    return _child.run(_WORKER, job, given, timeout_s=timeout_s, label=_LABELS[engine], poll=poll)
 
 
 def kv_type(folder: Path) -> str:
@@ -148,3 +155,23 @@ def logits(
         }
         vocab = start("ort", "logits", folder, args, timeout_s)["vocab"]
     return np.memmap(out, dtype="<f4", mode="r", shape=(*windows.shape, vocab))
+
+
+def score(
+    folder: Path,
+    groups: Path,
+    out: Path,
+    *,
+    threads: int = 1,
+    timeout_s: float,
+    poll: Callable[[], None] | None = None,
+) -> None:
+    """As `llama_cpp.score`, with the cache that the file has."""
+    flags = LaunchFlags(context_tokens=32, ubatch=512, kv_type="f32", mmap=True)
+    args = {
+        "flags": to_plain(flags),
+        "threads": threads,
+        "groups": str(groups.absolute()),
+        "out": str(out.absolute()),
+    }
+    start("ort", "score", folder, args, timeout_s, poll)

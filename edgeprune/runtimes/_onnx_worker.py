@@ -294,7 +294,64 @@ def greedy(args: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": out}
 
 
+def score(args: dict[str, Any]) -> dict[str, Any]:
+    """Append one JSON line per group: summed log-likelihoods, and whether every target was the likeliest."""
+    if args["engine"] != "ort":
+        raise JobError("logits of all positions need plain ONNX Runtime")
+    engine = _open(args, threads=args["threads"])
+    with open(args["groups"], encoding="utf-8") as f, open(args["out"], "a", encoding="utf-8") as out:
+        n = 0
+        for line in f:
+            group = json.loads(line)
+            n += 1
+            sums, greedy = _score_group(engine, group)
+            out.write(json.dumps({"h": group["h"], "ll": sums, "greedy": greedy}) + "\n")
+            out.flush()
+    return {"groups": n, "vocab": engine.vocab}
+
+
+def _score_group(engine: Any, group: dict[str, Any]) -> tuple[list[float], list[bool]]:
+    """The prefix once; every tail goes on from its cache, which the runtime does not change."""
+    import numpy as np
+
+    prefix, tails, starts = group["prefix"], group["tails"], group["starts"]
+    sums, greedy = [0.0] * len(tails), [True] * len(tails)
+
+    def read(first: int, rows: Any, choices: Sequence[int]) -> None:
+        for choice in choices:
+            targets = group["targets"][choice]
+            begin = max(first, starts[choice])
+            end = min(first + len(rows), starts[choice] + len(targets))
+            if begin >= end:
+                continue
+            part = rows[begin - first : end - first].astype(np.float32, copy=False)
+            wanted = np.asarray(targets[begin - starts[choice] : end - starts[choice]])
+            peak = part.max(axis=1)
+            if not np.isfinite(peak).all():
+                raise JobError("the model gives logits that are not finite")
+            total = peak + np.log(np.exp(part - peak[:, None]).sum(axis=1, dtype=np.float64))
+            sums[choice] += float((part[np.arange(len(wanted)), wanted] - total).sum())
+            greedy[choice] = greedy[choice] and bool((part.argmax(axis=1) == wanted).all())
+
+    def feed(tokens: Sequence[int], choices: Sequence[int]) -> None:
+        step = max(1, min(engine.chunk, (64 << 20) // (4 * engine.vocab)))
+        for start in range(0, len(tokens), step):
+            at = engine.position
+            read(at, engine.run(tokens[start : start + step]), choices)
+
+    if any(not 0 <= t < engine.vocab for part in (prefix, *tails, *group["targets"]) for t in part):
+        raise JobError(f"a token is not in the model's vocabulary of {engine.vocab}")
+    engine.clear(0)
+    feed(prefix, range(len(tails)))
+    cache, position = engine.cache, engine.position
+    for choice, tail in enumerate(tails):
+        engine.cache, engine.position = cache, position
+        feed(tail, [choice])
+    return sums, greedy
+
+
 JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "score": score,
     "bench": bench,
     "memory": memory,
     "logits": logits,

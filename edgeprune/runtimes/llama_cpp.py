@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,6 +265,46 @@ def generate(
     return tuple(Continued(**row) for row in answer["rows"])
 
 
+def score(
+    path: Path,
+    groups: Path,
+    out: Path,
+    *,
+    flags: LaunchFlags,
+    threads: int = 1,
+    timeout_s: float,
+    poll: Callable[[], None] | None = None,
+) -> None:
+    """Append one line per group of `groups` (JSON lines) to `out`; lines written before a kill stay valid.
+
+    A group is `h`, `prefix`, `tails`, and per tail `starts` (position whose next token is the first target)
+    and `targets`. A line is `h`, `ll` (nats, summed over the targets) and `greedy`, each per tail.
+    """
+    _run(
+        "score",
+        {
+            "path": _absolute(path),
+            "groups": _absolute(groups),
+            "out": _absolute(out),
+            "flags": to_plain(flags),
+            "threads": threads,
+        },
+        timeout_s,
+        poll,
+    )
+
+
+def tokenize(
+    path: Path, texts: Sequence[tuple[str, bool]], *, timeout_s: float = 1800.0
+) -> tuple[list[list[int]], dict[str, int]]:
+    """Token ids of (text, with the special tokens of its own) pairs, and `bos`, `eos`, `vocab`."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        given, out = Path(folder, "texts.json"), Path(folder, "ids.json")
+        given.write_text(json.dumps([list(pair) for pair in texts]), encoding="utf-8")
+        facts = _run("tokenize", {"path": _absolute(path), "texts": str(given), "out": str(out)}, timeout_s)
+        return json.loads(out.read_text(encoding="utf-8")), facts
+
+
 def quantize(
     master: Path,
     out: Path,
@@ -329,7 +369,9 @@ def _run_on_windows(
         )
 
 
-def _run(job: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+def _run(
+    job: str, args: dict[str, Any], timeout_s: float, poll: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Run one job in a fresh process. Raises StageError with its last words when it fails."""
     if _available() is not None:
         raise MissingExtraError("llama-cpp-python", RUNTIME.extra)
@@ -340,6 +382,7 @@ def _run(job: str, args: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         timeout_s=timeout_s,
         label="llama.cpp",
         env=_environment(job),
+        poll=poll,
     )
 
 

@@ -12,6 +12,7 @@ bench = partial(jobs.bench, "ort")
 memory = partial(jobs.memory, "ort")
 greedy = partial(jobs.greedy, "ort")
 logits = jobs.logits
+score = jobs.score
 
 RUNTIME = Runtime(
     name="onnxruntime",

@@ -1,0 +1,1 @@
+"""Scores as the papers report them: perplexity in fixed windows and zero-shot accuracy, on what ships."""
