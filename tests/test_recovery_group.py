@@ -266,6 +266,47 @@ def test_gradients_are_those_without_rounding(scales: bool) -> None:
         assert torch.allclose(made.stretch.grad, by_stretch, rtol=1e-10)
 
 
+def test_input_squares_by_hand() -> None:
+    """Inputs (1, 2), (3, 0), (0, 2), (2, 2): mean squares 3.5 and 3."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(2, 3)
+
+        def forward(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            table = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+            return self.inner(table[ids])
+
+    model = Model()
+    found = _grouped.input_squares(model, np.array([[0, 1], [2, 3]], np.int32), half_precision=False)
+    assert {name: value.tolist() for name, value in found.items()} == {"inner.weight": [3.5, 3.0]}
+    assert not model.inner._forward_pre_hooks
+
+
+def test_importance_moves_the_error() -> None:
+    """Columns that matter are met more closely; a group that was never seen counts evenly."""
+    weight = matrix(64, 96)
+    importance = torch.ones(96)
+    importance[::4] = 100
+    importance[64:] = 0
+    plain, weighted = (
+        (_grouped.quantize(weight, "Q4_1", importance=per).values() - weight).square()
+        for per in (None, importance)
+    )
+    assert float(weighted[:, :64:4].mean()) < 0.8 * float(plain[:, :64:4].mean())
+    assert torch.equal(weighted[:, 64:], plain[:, 64:])
+
+
+def test_nothing_is_sent_between_processes() -> None:
+    """Buffers are broadcast before every step; trained numbers are all that has to agree."""
+    made, _ = adapter(rank=0)
+    assert list(made.buffers()) == []
+    moved = made.double()
+    assert moved.weight.dtype == moved.scale.dtype == moved.minimum.dtype == torch.float64
+    assert moved.codes.dtype == torch.uint8
+
+
 def test_autocast_rounds_the_same_minima() -> None:
     made, _ = adapter(rank=4)
     expected = made.minima()

@@ -65,6 +65,37 @@ def check_type(quantization: str) -> str:
     return default
 
 
+# ---------------------------------------------------------------- importance
+
+
+def input_squares(model: nn.Module, tokens: np.ndarray, *, half_precision: bool) -> dict[str, torch.Tensor]:
+    """Mean squared input of every column of every Linear, float32 [in] by weight name, on tokens [N, T]."""
+    sums: dict[str, torch.Tensor] = {}
+    device = next(model.parameters()).device
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].detach().to(torch.float32).flatten(0, -2)
+            found = x.square().sum(0)
+            sums[name] = sums[name] + found if name in sums else found
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(f"{name}.weight"))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half_precision):
+            for row in tokens:
+                model(torch.from_numpy(row.astype(np.int64))[None].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (value / tokens.size).cpu() for name, value in sums.items()}
+
+
 # ---------------------------------------------------------------- quantizing
 
 
@@ -292,11 +323,9 @@ class GroupLinear(nn.Module):
         self.rank = min(rank, rows, groups)
         self.scaling = alpha / self.rank if self.rank else 1.0
         self.bias = linear.bias
-        self.register_buffer("codes", quantized.codes, persistent=False)
-        self.register_buffer("scale", quantized.scale, persistent=False)
-        self.register_buffer("minimum", quantized.minimum, persistent=False)
-        values = quantized.values().to(like.dtype)
-        self.register_buffer("weight", None if scales else values, persistent=False)
+        # no buffers: several processes would send those to each other before every step
+        self.codes, self.scale, self.minimum = quantized.codes, quantized.scale, quantized.minimum
+        self.weight = None if scales else quantized.values().to(like.dtype)
         if self.rank:
             first = torch.randn(self.rank, groups, generator=generator) / math.sqrt(groups)
             self.a = nn.Parameter(first.to(like.device))
@@ -304,6 +333,12 @@ class GroupLinear(nn.Module):
         else:
             self.steps = nn.Parameter(torch.zeros(rows, groups, device=like.device))
         self.stretch = nn.Parameter(torch.zeros(rows, groups, device=like.device)) if scales else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GroupLinear:
+        super()._apply(fn, recurse)
+        self.codes, self.scale, self.minimum = fn(self.codes), fn(self.scale), fn(self.minimum)
+        self.weight = None if self.weight is None else fn(self.weight)
+        return self
 
     def minima(self) -> torch.Tensor:
         """The minima as they would be merged now, [out, K], half floats."""

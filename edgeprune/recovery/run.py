@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from edgeprune import checkpoint, reconstruction, registry, rundir
 from edgeprune import graph as graphs
 from edgeprune.progress import Progress
 from edgeprune.records import ModelDims
+from edgeprune.recovery import _grouped
 from edgeprune.recovery.methods.base import Attached, Method, Packed, Setting
 from edgeprune.recovery.recipe import AUTO, RecoveryRecipe
 from edgeprune.recovery.teacher import TOP, Cache, Targets, Teacher
@@ -30,6 +31,7 @@ from edgeprune.recovery.train import Trained, Trainer, Training
 
 # share of the KL in the objective; the rest is the plain loss on the text
 DISTILL = 1.0
+INPUT_ROWS = 16  # that say how large the inputs of each matrix are
 ROUNDS = (0.05, 0.1)  # of auto: share of the time for each candidate that is left
 
 
@@ -119,14 +121,16 @@ class _Bench:
     ) -> tuple[Attached, Trained]:
         """Train to the end, or to a pause from which a later call goes on; what is in `folder` counts."""
         recipe = self.recipe
+        student = assemble(self.source, self.dims)
         attached = candidate.method.attach(
-            assemble(self.source, self.dims),
+            student,
             Setting(
                 dims=self.dims,
                 dense=self.dense,
                 quantization=recipe.quantization,
                 seed=recipe.seed,
                 options=candidate.options,
+                inputs=self._inputs(student, folder) if candidate.method.quantized else None,
             ),
         )
         training = Training(
@@ -146,6 +150,18 @@ class _Bench:
             used_s=used_s,
         )
         return attached, trainer.run(after_step, pause_s=pause_s)
+
+    def _inputs(self, student: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+        """Mean squared inputs of the matrices, worked out once: a resumed run must round as before."""
+        path = folder / "inputs.safetensors"
+        with PartialState().main_process_first():
+            if path.is_file():
+                return load_file(path)
+            made = _grouped.input_squares(student, self.rows.tokens[:INPUT_ROWS], half_precision=self.half)
+            folder.mkdir(parents=True, exist_ok=True)
+            with rundir.atomic_path(path) as temporary:
+                save_file(made, temporary)
+            return made
 
 
 def recover(

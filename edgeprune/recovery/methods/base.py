@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from edgeprune.errors import ConfigError
 from edgeprune.records import ModelDims
@@ -25,6 +26,8 @@ class Setting:
     quantization: str | None  # GGUF type the tuned model will be stored in; None: not quantized
     seed: int
     options: Mapping[str, str]  # resolved by Method.resolve
+    # mean squared input of each column, by the name of the matrix; given to methods that are `quantized`
+    inputs: Mapping[str, torch.Tensor] | None = None
 
     def lost(self, layer: int, unit: str) -> float:
         """Share of the layer's channels ('ffn') or KV groups ('kv') that left, 0 to 1; 0 when unknown."""
@@ -138,6 +141,25 @@ def number(options: Mapping[str, str], name: str, *, low: float, high: float) ->
     return value
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A detached copy on the CPU of all of a parameter, also where processes hold a part each.
+
+    Every process has to call it then.
+    """
+    value = parameter.detach()
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.to("cpu", copy=True)
+
+
+@torch.no_grad()
+def fill_(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Put a whole value into a parameter, or into the part of it that this process holds."""
+    value = value.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.detach().copy_(value)
+
+
 def freeze_(model: nn.Module) -> None:
     """Nothing in the model requires gradients; methods then switch on what they train."""
     for parameter in model.parameters():
@@ -162,7 +184,7 @@ class InPlace(Attached):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._named().items()}
+        return {name: whole(p) for name, p in self._named().items()}
 
     @torch.no_grad()
     def load_(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -170,7 +192,7 @@ class InPlace(Attached):
         if set(named) != set(state):
             raise ConfigError("the saved recovery state belongs to another model or method")
         for name, parameter in named.items():
-            parameter.copy_(state[name])
+            fill_(parameter, state[name])
 
     def merge_(self) -> None:
         freeze_(self.model)

@@ -39,10 +39,12 @@ class _Groups(Attached):
         self._family = graph.find_family(setting.dims.family)
         self._dims = setting.dims
         assert setting.quantization is not None
-        types = tables.hf_types(self._family, setting.dims, setting.quantization)
+        types = self._types = tables.hf_types(self._family, setting.dims, setting.quantization)
+        self._init = options["init"].removeprefix("weighted-")
+        self._inputs = (setting.inputs or {}) if options["init"].startswith("weighted-") else {}
         freeze_(model)
         self._packed: dict[str, Packed] = {}
-        self._fix_(types, options["init"])
+        self._fix_()
         generator = torch.Generator().manual_seed(setting.seed)
         layers = model.get_decoder().layers  # type: ignore[operator]
         for index, role, name in self._matrices():
@@ -50,7 +52,7 @@ class _Groups(Attached):
                 continue
             linear = checkpoint.role_module(layers[index], self._family, role)
             assert isinstance(linear, nn.Linear)
-            quantized = _grouped.quantize(linear.weight, types[name], init=options["init"], name=name)
+            quantized = self._quantize(linear.weight, name)
             adapter = GroupLinear(
                 linear,
                 quantized,
@@ -76,16 +78,20 @@ class _Groups(Attached):
                     found.append((index, role, self._family.tensor(role, index)))
         return found
 
+    def _quantize(self, weight: torch.Tensor, name: str) -> _grouped.Quantized:
+        importance = self._inputs.get(name)
+        return _grouped.quantize(weight, self._types[name], init=self._init, importance=importance, name=name)
+
     @torch.no_grad()
-    def _fix_(self, types: Mapping[str, str], init: str) -> None:
+    def _fix_(self) -> None:
         """Round what is not tuned to what the file will hold."""
-        tuned = {name for _, _, name in self._matrices() if types[name] in BITS}
-        for name, kind in types.items():
+        tuned = {name for _, _, name in self._matrices() if self._types[name] in BITS}
+        for name, kind in self._types.items():
             if name in tuned or kind == "F32":  # norms and biases
                 continue
             parameter = self.model.get_parameter(name)
             if kind in BITS:
-                quantized = _grouped.quantize(parameter, kind, init=init, name=name)
+                quantized = self._quantize(parameter, name)
                 raw, values = _grouped.pack(quantized), quantized.values()
             else:
                 raw, decoded = _grouped.as_stored(parameter, kind, name=name)
@@ -147,8 +153,8 @@ METHOD = Method(
     reference="SAAP, arXiv:2412.15127; QA-LoRA, arXiv:2309.14717",
     attach=attach,
     rate=1e-2,
-    switches={"rank": "0", "alpha": "16", "init": "least-squares", "scales": "no"},
+    switches={"rank": "0", "alpha": "16", "init": "weighted-least-squares", "scales": "no"},
     ranges={"rank": (0, 4096), "alpha": (0, 1e6)},
-    choices={"init": _grouped.INITS, "scales": ("yes", "no")},
+    choices={"init": ("weighted-least-squares", *_grouped.INITS), "scales": ("yes", "no")},
     quantized=True,
 )
