@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,11 @@ from typing import Any
 
 import click
 
-from edgeprune import __version__, registry
+from edgeprune import __version__, registry, rundir
 from edgeprune.cli._options import (
     calibration_seeds_option,
     metric_option_option,
+    query_heads_option,
     recovery_options,
     recovery_recipe,
     trim_options,
@@ -35,6 +35,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("gguf", "llama_cpp"), "gguf"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai"), "onnx"),
     "datasets": "data",
+    "lm_eval": "eval",
     "vl_convert": "report",
 }
 
@@ -179,6 +180,7 @@ class _Verbs(click.Group):
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
 )
 @calibration_seeds_option
+@query_heads_option
 @trim_options
 @recovery_options("none")
 @click.option(
@@ -210,7 +212,9 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
             "--target is missing: which device must the model fit?", "list them: edgeprune targets"
         )
     budget_bytes, file_bytes = _sizes(given["budget"], given["max_file"])
-    out = given["out"] or default_out(given["model"], given["target"], given["profile"], given["budget"])
+    out = given["out"] or rundir.default_root(
+        given["model"], given["target"], given["profile"], given["budget"]
+    )
 
     # the one place that reaches down lazily: help must not load torch
     from edgeprune import pipeline
@@ -244,6 +248,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         llama_bench=given["llama_bench"],
         keep_remote=given["keep_remote"],
         sustained_s=given["sustained"],
+        query_heads=given["query_heads"],
         trim_vocab=given["trim_vocab"],
         trim_check=given["trim_check"],
         recovery=recovery_recipe(given, seed=given["seed"], text=given["calibration"]),
@@ -257,17 +262,6 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         from edgeprune.report.terminal import render_table
 
         click.echo(render_table(report, str(out)))
-
-
-def default_out(model: str | None, target: str, profile: str, budget: str | None) -> Path:
-    """Name the run folder after what was asked, so that the same command finds it again."""
-    parts = (model or "default", target, profile, budget or "all")
-    return Path("edgeprune-runs") / "_".join(_slug(part) for part in parts)
-
-
-def _slug(text: str) -> str:
-    last = [p for p in re.split(r"[/\\]", text.removesuffix(".toml")) if p]
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", last[-1] if last else "").strip("-.") or "x"
 
 
 def _sizes(budget: str | None, max_file: str | None) -> tuple[int | None, int | None]:
