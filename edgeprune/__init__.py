@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from edgeprune.api import Result as Result
+    from edgeprune.api import fit as fit
     from edgeprune.surgery import load as load
 
-__all__ = ["__version__", "load"]
+__all__ = ["Result", "__version__", "fit", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from edgeprune.surgery import load
 
         return load
+    if name in ("Result", "fit"):
+        from edgeprune import api
+
+        return getattr(api, name)
     raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,17 @@ def disk_is_full(path: Path) -> bool:
         with contextlib.suppress(OSError):
             return shutil.disk_usage(folder).free < 1 << 16
     return False
+
+
+def default_root(model: str | None, target: str, profile: str, budget: str | None) -> Path:
+    """Name a run folder after what was asked, so that the same question finds it again."""
+    parts = (model or "default", target, profile, budget or "all")
+    return Path("edgeprune-runs") / "_".join(_slug(part) for part in parts)
+
+
+def _slug(text: str) -> str:
+    last = [p for p in re.split(r"[/\\]", text.removesuffix(".toml")) if p]
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", last[-1] if last else "").strip("-.") or "x"
 
 
 class RunDir:

@@ -12,7 +12,7 @@ import click
 import pytest
 
 import edgeprune
-from edgeprune import registry
+from edgeprune import registry, rundir
 from edgeprune.cli import _output, main
 from edgeprune.config.targets import list_targets
 from edgeprune.errors import (
@@ -332,7 +332,7 @@ def test_a_closed_pipe_is_quiet(run_python: Callable[..., Any]) -> None:
     ],
 )
 def test_default_run_folder(given: tuple[Any, ...], name: str) -> None:
-    assert main.default_out(*given) == Path("edgeprune-runs") / name
+    assert rundir.default_root(*given) == Path("edgeprune-runs") / name
 
 
 def test_table_aligns_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,12 +52,13 @@ LAYERS = {
     "report": 10,
     "bundle": 10.5,  # launch lines are the report's
     "pipeline": 11,
+    "api": 11.5,
     "cli": 12,
     "__main__": 13,
 }
 # inside layer 0 the registry raises the errors and units refuse with them
 FOUNDATION = {("registry", "errors"), ("units", "errors")}
-TORCH_FREE = {name for name, layer in LAYERS.items() if layer < 6 or layer in (10, 10.5, 12)}
+TORCH_FREE = {name for name, layer in LAYERS.items() if layer < 6 or layer in (10, 10.5, 11.5, 12)}
 HEAVY = {"torch", "transformers", "safetensors", "gguf", "llama_cpp", "datasets", "tokenizers"}
 HEAVY |= {"onnx", "onnxruntime", "onnxruntime_genai"}
 NUMPY_FROM = 5
