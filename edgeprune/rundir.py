@@ -91,10 +91,11 @@ def disk_is_full(path: Path) -> bool:
 def default_root(model: str | None, target: str, profile: str, budget: str | None) -> Path:
     """Name a run folder after what was asked, so that the same question finds it again."""
     parts = (model or "default", target, profile, budget or "all")
-    return Path("edgeprune-runs") / "_".join(_slug(part) for part in parts)
+    return Path("edgeprune-runs") / "_".join(slug(part) for part in parts)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Part of a file name: the last part of a path or id, without what shells and disks dislike."""
     last = [p for p in re.split(r"[/\\]", text.removesuffix(".toml")) if p]
     return re.sub(r"[^A-Za-z0-9.-]+", "-", last[-1] if last else "").strip("-.") or "x"
 

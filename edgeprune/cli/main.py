@@ -90,7 +90,14 @@ class _Verbs(click.Group):
     subcommand_metavar="[VERB [ARGS]...]",
 )
 @click.version_option(__version__, prog_name="edgeprune", message="%(prog)s %(version)s")
-@click.option("--target", metavar="NAME|FILE", help="Device to fit, see 'edgeprune targets'.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Device to fit, see 'edgeprune targets'. May be repeated: what does not depend on the device is "
+    "done once, and each has its own report.",
+)
 @click.option(
     "--budget",
     metavar="SIZE",
@@ -202,18 +209,20 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
     Examples:
       edgeprune --target laptop-cpu --budget 200MB
       edgeprune --target jetson-orin --budget 6GB --model org/name
+      edgeprune --target raspberry-pi-5-8gb --target laptop-cpu --budget 200MB
       edgeprune targets show jetson-orin
     """
     if ctx.invoked_subcommand is not None:
         _refuse_stray_options(ctx)
         return
-    if given["target"] is None:
+    targets: tuple[str, ...] = given["targets"]
+    if not targets:
         raise ConfigError(
             "--target is missing: which device must the model fit?", "list them: edgeprune targets"
         )
     budget_bytes, file_bytes = _sizes(given["budget"], given["max_file"])
     out = given["out"] or rundir.default_root(
-        given["model"], given["target"], given["profile"], given["budget"]
+        given["model"], "-and-".join(map(rundir.slug, targets)), given["profile"], given["budget"]
     )
 
     # the one place that reaches down lazily: help must not load torch
@@ -222,7 +231,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
     from edgeprune.cli._progress import open_progress
 
     options = pipeline.RunOptions(
-        target=given["target"],
+        target=targets[0],
         budget_bytes=budget_bytes,
         model=given["model"],
         profile=given["profile"],
@@ -255,7 +264,10 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         command=tuple(["edgeprune", *ctx.obj]),
     )
     with open_progress() as progress:
-        report = pipeline.run(options, progress)
+        if len(targets) == 1:
+            report = pipeline.run(options, progress)
+        else:
+            report = pipeline.run_all(options, targets, progress)
     if form == "json":
         echo_json(report)
     else:

@@ -19,9 +19,11 @@ BUNDLE_FOLDER = "bundle"  # in a run folder
 _GENAI_CONFIG = "genai_config.json"
 
 
-def refresh(run_dir: Path, report: Mapping[str, Any], tokenizer_folder: Path) -> None:
+def refresh(
+    run_dir: Path, report: Mapping[str, Any], tokenizer_folder: Path, label: str | None = None
+) -> None:
     """Make `run_dir`/bundle the bundle of what was selected; nothing selected: none is there."""
-    out = run_dir / BUNDLE_FOLDER
+    out = run_dir / (BUNDLE_FOLDER if label is None else f"{BUNDLE_FOLDER}-{label}")
     if report["selected"] is None:
         writer.remove(out)
     else:

@@ -26,6 +26,7 @@ from edgeprune.families.base import Family
 from edgeprune.gguf_source import GgufSource
 from edgeprune.pipeline import costing
 from edgeprune.records import (
+    Axis,
     BenchProtocol,
     BenchResult,
     Budget,
@@ -225,6 +226,7 @@ def hand_constraints(width_multiple: int) -> Constraints:
             whole=True,
         ),
         kv=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False, whole=True),
+        q=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
         reasons=(f"FFN width in steps of {width_multiple}: asked for",),
     )
 
@@ -257,6 +259,7 @@ def plan(
     planner.check_allocator(allocator)
     header = open_header(model, with_tokenizer=budget_bytes is not None)
     record, arrays = load_scores(scores)
+    header = dataclasses.replace(header, graph=graph.like(header.graph, arrays))
     _check_scores(header, scores, record, arrays)
     rules = hand_constraints(width_multiple)
     if quantization is not None:
@@ -331,10 +334,11 @@ def load_plan(path: Path, of: ModelGraph) -> PrunePlan:
     if not path.is_file():
         raise ConfigError(f"plan file {path} does not exist", "write it with: edgeprune plan")
     found = records.loads(PrunePlan, _read_text(path), where=str(path))
+    of = graph.like(of, found.kept)
     axes = {axis.name: axis for axis in of.axes}
     for name, units in found.kept.items():
         axis = axes.get(name)
-        legal = axis is not None and len(units) <= axis.n_units
+        legal = axis is not None and len(units) <= axis.n_units and _even(units, axis)
         if not legal or list(units) != sorted({u for u in units if 0 <= u < axis.n_units}):  # type: ignore[union-attr]
             raise ConfigError(f"{path}: '{name}' does not list units of this model", "plan for this model")
     expected = graph.prune_dims(of, found.kept)
@@ -343,6 +347,13 @@ def load_plan(path: Path, of: ModelGraph) -> PrunePlan:
     if expected != found.dims:
         raise ConfigError(f"{path} was made for another model: the sizes differ", "plan for this model")
     return found
+
+
+def _even(units: Sequence[int], axis: Axis) -> bool:
+    """Every run of an axis keeps as many units; query heads would be read by the wrong KV head."""
+    each = axis.n_units // axis.groups
+    counts = {sum(u // each == g for u in units) for g in range(axis.groups)}
+    return axis.groups == 1 or (len(counts) == 1 and 0 not in counts)
 
 
 def _read_text(path: Path) -> str:
@@ -484,9 +495,23 @@ _LIMIT_FIELDS = {
 }
 
 
-def load_report(run_dir: Path) -> dict[str, Any]:
+def label_of(run_dir: Path, target: str | None) -> str | None:
+    """How a run of several targets names the report of one. Raises ConfigError when it has none of it."""
+    report = load_report(run_dir)
+    if target is None or target == report["target"]["name"]:
+        return None
+    known = {row["target"]: row["report"] for row in report.get("targets") or ()}
+    if target not in known:
+        names = ", ".join(known) or report["target"]["name"]
+        raise ConfigError(
+            f"{run_dir} has no target '{target}'{registry.suggest(target, known)}", f"it has {names}"
+        )
+    return str(known[target]).removeprefix("report-").removesuffix(".json")
+
+
+def load_report(run_dir: Path, label: str | None = None) -> dict[str, Any]:
     """Read report.json of a finished run. Raises ConfigError when it is missing or damaged."""
-    path = run_dir / report_build.FILE_NAME
+    path = run_dir / report_build.file_name(label)
     if not run_dir.is_dir():
         raise ConfigError(f"run folder {run_dir} does not exist")
     if not path.is_file():

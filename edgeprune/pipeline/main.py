@@ -83,6 +83,7 @@ class RunOptions:
     sustained_s: float = 60.0  # of decoding on a device, behind the repeats
     trim_vocab: tuple[str, ...] = ()  # texts or languages whose tokens stay; empty: all stay
     trim_check: str | None = None
+    label: str | None = None  # of a further target in the same run folder: part of its report's name
 
 
 def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
@@ -177,9 +178,9 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             chosen=chosen,
             context={**context, "target_choice": took},
         )
-        report_build.write(folder, report)
-        page.write(folder.root, report)
-        bundling.refresh(folder.root, report, parent.folder)
+        report_build.write(folder, report, options.label)
+        page.write(folder.root, report, options.label)
+        bundling.refresh(folder.root, report, parent.folder, options.label)
     if chosen.selected is None and chosen.nearest is None:
         raise StageError(chosen.headline, "report.json holds what each one said")
     if chosen.selected is None:

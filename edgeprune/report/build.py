@@ -153,9 +153,15 @@ def build(
     return report
 
 
-def write(folder: rundir.RunDir, report: Mapping[str, Any]) -> None:
+def file_name(label: str | None) -> str:
+    """report.json, or that of a further target of the same run."""
+    return FILE_NAME if label is None else f"report-{label}.json"
+
+
+def write(folder: rundir.RunDir, report: Mapping[str, Any], label: str | None = None) -> None:
     """Write report.json into the run folder, atomically."""
     with rundir.friendly_disk_errors(folder.root):
         rundir.write_text(
-            folder.root / FILE_NAME, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            folder.root / file_name(label),
+            json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         )

@@ -45,19 +45,24 @@ _MOST_TEXT = 2000  # characters of one sample output
 Row = Mapping[str, Any]
 
 
-def write(run_dir: Path, report: Mapping[str, Any]) -> Path:
+def file_name(label: str | None) -> str:
+    """report.html, or that of a further target of the same run."""
+    return FILE_NAME if label is None else f"report-{label}.html"
+
+
+def write(run_dir: Path, report: Mapping[str, Any], label: str | None = None) -> Path:
     """Write report.html into a run folder, atomically; one that shows this very report already is kept."""
-    path = run_dir / FILE_NAME
+    path = run_dir / file_name(label)
     if not _is_of(path, digest(report)):
         with rundir.friendly_disk_errors(run_dir):
             rundir.write_text(path, render(report))
     return path
 
 
-def write_checked(run_dir: Path, report: Mapping[str, Any]) -> Path:
+def write_checked(run_dir: Path, report: Mapping[str, Any], label: str | None = None) -> Path:
     """As `write`, for a report.json that may have been damaged. Raises ConfigError."""
     try:
-        return write(run_dir, report)
+        return write(run_dir, report, label)
     except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{run_dir / 'report.json'} cannot be shown: {error}",
@@ -182,7 +187,16 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "evaluations": _evaluations(report),
         "vocabulary": report.get("vocabulary"),
         "power_modes": list(report.get("power_modes") or ()),
+        "bundle": _bundle(report),
+        "targets": list(report.get("targets") or ()),
     }
+
+
+def _bundle(report: Mapping[str, Any]) -> str:
+    """The folder that holds what to ship for this report's target."""
+    rows = report.get("targets") or ()
+    name = next((r["report"] for r in rows if r["target"] == report["target"]["name"]), "report.json")
+    return str(name).removesuffix(".json").replace("report", "bundle", 1)
 
 
 def _limit(limit: Row) -> str:

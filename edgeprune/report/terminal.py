@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,12 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
     """The answer first, then what was measured, then how to run it; `folder` is where the paths start."""
     out = io.StringIO()
     console = Console(file=out, width=_WIDTH, force_terminal=False, highlight=False, soft_wrap=False)
+    if len(report.get("targets") or ()) > 1:
+        console.print(_matrix(report["targets"]))
+        console.print(
+            "each has its own report, page and bundle; below, the one of:", report["target"]["name"]
+        )
+        console.print()
     console.print(report["headline"], soft_wrap=True)
     for answer in report.get("answers") or ():
         if answer["code"] not in _SAID:
@@ -62,6 +68,31 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
         where = f" (in {folder})" if folder else ""
         console.print(f"run it{where}: {report['launch']}", soft_wrap=True)
     return out.getvalue().rstrip("\n")
+
+
+def _matrix(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What each target of a run got."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("target", no_wrap=True)
+    table.add_column("selected", no_wrap=True)
+    for head in ("memory limit", "MB meas.", "t/s pred.", "t/s meas.", "KL"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        c, limit = row["selected"], format_bytes(row["budget"]["memory"]["value"])
+        if c is None:
+            table.add_row(row["target"], "nothing fits", limit, "-", "-", "-", "-")
+            continue
+        p, m, q = c["predicted"], c["measured"], c["quality"]
+        table.add_row(
+            row["target"],
+            c["id"],
+            limit,
+            "-" if not m or m["peak_memory_bytes"] is None else f"{m['peak_memory_bytes'] / 1e6:.0f}",
+            "-" if p["decode_tps"] is None else f"{p['decode_tps_low']:.0f}-{p['decode_tps_high']:.0f}",
+            _decode(m),
+            "-" if not q else f"{q['kl']:.4f}±{q['kl_stderr']:.4f}",
+        )
+    return table
 
 
 def _mark(report: Mapping[str, Any], candidate: Mapping[str, Any]) -> str:
