@@ -5,9 +5,9 @@
     .venv/bin/python benchmarks/eval_paths.py --data ../shared/data --model FOLDER perplexity --tokens 65536
 
 harness: our torch path against the harness's HFLM, same folder and items. paths: GGUF F16 and ONNX fp32
-against torch; an answer is the choice with the highest log-likelihood. perplexity: WikiText-2 test, one window,
-on all three. Exports and finished items lie in --work, where a stopped run goes on. Tasks are those of which the
-data folder has a file. Rows go to benchmarks/results/eval_paths.json.
+against torch; an answer is the choice with the highest log-likelihood. perplexity: WikiText-2 test, one
+window, on all three. Exports and finished items lie in --work, where a stopped run goes on. Tasks are those
+of which the data folder has a file. Rows go to benchmarks/results/eval_paths.json.
 """
 
 from __future__ import annotations

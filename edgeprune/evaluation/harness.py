@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -89,12 +92,34 @@ def open_task(name: str, data: Path | None) -> Any:
         config["training_split"] = None
         if _SPLITS[name] == "test":
             config["validation_split"] = None
+    if "process_docs" in config:
+        config["process_docs"] = _once(config["process_docs"])
     try:
-        return ConfigurableTask(config=config)
-    except ConfigError:
-        raise
+        with _no_bars():
+            return ConfigurableTask(config=config)
     except Exception as error:  # the hub client and the harness raise dozens of classes
         raise ConfigError(f"task {name}: its data could not be had: {hub_reason(error)}") from None
+
+
+def _once(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The harness goes through all documents each time it asks for them; they stay the same."""
+    made: dict[str, Any] = {}
+
+    def processed(dataset: Any) -> Any:
+        key = str(getattr(dataset, "_fingerprint", id(dataset)))
+        if key not in made:
+            made[key] = process(dataset)
+        return made[key]
+
+    return processed
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[TextIO]:
+    """Keep the libraries' own bars off stderr, and yield the stream that ours go to."""
+    shown = sys.stderr
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield shown
 
 
 def chosen_docs(total: int, items: int | None, seed: int) -> list[int]:
@@ -117,10 +142,12 @@ def answer(
     from lm_eval import evaluator
 
     name = str(task.config.task)
-    total = len(list(task.eval_docs))
+    with _no_bars():
+        total = len(list(task.eval_docs))
     docs = chosen_docs(total, items, seed)
-    lm = _model(engine, store, stage)
-    found = evaluator.evaluate(lm, {"tasks": {name: task}}, samples={name: docs}, bootstrap_iters=0)
+    with _no_bars() as shown:
+        lm = _model(engine, store, stage, shown)
+        found = evaluator.evaluate(lm, {"tasks": {name: task}}, samples={name: docs}, bootstrap_iters=0)
     if found is None:
         raise AssertionError("the harness gave no results")
     samples = sorted(found["samples"][name], key=lambda s: s["doc_id"])
@@ -144,7 +171,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), stderr
 
 
-def _model(engine: Engine, store: Store, stage: Callable[[int], Any]) -> Any:
+def _model(engine: Engine, store: Store, stage: Callable[[int], Any], shown: TextIO) -> Any:
     """An LM of the harness that passes its requests to an engine; made here because its base is optional."""
     from lm_eval.api.model import TemplateLM
 
@@ -194,7 +221,8 @@ def _model(engine: Engine, store: Store, stage: Callable[[int], Any]) -> Any:
             grouped = {
                 item: grouping.make([pairs[i] for i in at], engine.max_length) for item, at in by_item.items()
             }
-            scored = finish(engine, list(grouped.values()), store, stage)
+            with contextlib.redirect_stderr(shown):
+                scored = finish(engine, list(grouped.values()), store, stage)
             out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
             for item, at in by_item.items():
                 found = scored[grouped[item].h]
