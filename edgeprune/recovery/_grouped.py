@@ -54,15 +54,19 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> t
     return (codes.to(scale.dtype) * scale[..., None] + minimum[..., None]).flatten(1)
 
 
-def check_type(quantization: str) -> str:
-    """The group type of an export type. Raises ConfigError for one without minima."""
+def check_type(quantization: str | None) -> None:
+    """Raises ConfigError for an export type whose blocks have no minima, or none at all."""
+    if quantization is None:
+        raise ConfigError(
+            "recovery method 'group' tunes quantized weights and wants to know the export type",
+            f"name it with --quantization {' or '.join(BITS)}",
+        )
     default = gguf_types.check_quantization(quantization)[1]
     if default not in BITS:
         raise ConfigError(
             f"recovery method 'group' cannot tune {quantization}: its blocks have no minimum of their own",
             f"use it with {' or '.join(BITS)}, or choose another --recovery method",
         )
-    return default
 
 
 # ---------------------------------------------------------------- importance

@@ -109,6 +109,7 @@ class Method:
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of switches that are a choice
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of switches that are numbers
     quantized: bool = False  # `attach` rounds the weights to Setting.quantization
+    check: Callable[[str | None], object] | None = None  # ConfigError for a quantization it cannot do
 
     def resolve(self, given: Mapping[str, str]) -> dict[str, str]:
         """Switches with defaults filled in. Raises ConfigError naming every unknown one."""

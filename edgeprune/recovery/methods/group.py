@@ -22,11 +22,6 @@ from edgeprune.recovery.methods.base import Attached, Group, Method, Packed, Set
 
 def attach(model: nn.Module, setting: Setting) -> Attached:
     """Quantize every matrix to its type in the file, and put adapters on those whose blocks have minima."""
-    if setting.quantization is None:
-        raise ConfigError(
-            "recovery method 'group' tunes quantized weights and wants to know the export type",
-            f"name it with --quantization {' or '.join(BITS)}",
-        )
     _grouped.check_type(setting.quantization)
     return _Groups(model, setting)
 
@@ -157,4 +152,5 @@ METHOD = Method(
     ranges={"rank": (0, 4096), "alpha": (0, 1e6)},
     choices={"init": ("weighted-least-squares", *_grouped.INITS), "scales": ("yes", "no")},
     quantized=True,
+    check=_grouped.check_type,
 )
