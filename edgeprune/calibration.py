@@ -6,6 +6,7 @@ so that the split into batches does not show in the scores.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -223,6 +224,16 @@ class Collector:
         return out
 
 
+def has_query_heads(graph: ModelGraph) -> bool:
+    """Single query heads are units of this graph."""
+    return any(axis.unit == "q" for axis in graph.axes)
+
+
+def as_heads(shape: LayerShape) -> LayerShape:
+    """The layer with every query head as a KV group of its own: what statistics per head are made of."""
+    return dataclasses.replace(shape, n_kv_heads=shape.n_heads)
+
+
 @dataclass(slots=True)
 class View:
     """LayerView over collected arrays and lazily read weights."""
@@ -232,6 +243,7 @@ class View:
     layer: int
     source: checkpoint.Source
     arrays: Mapping[str, np.ndarray]
+    heads: bool = False  # single query heads are scored
     _weights: dict[str, Array] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)  # one for all layers of a scoring run
 
@@ -248,7 +260,7 @@ class View:
         return ACTIVATION_LIPSCHITZ[self.family.activation]
 
     def at(self, layer: int) -> View:
-        return View(self.family, self.dims, layer, self.source, self.arrays, {}, self._shared)
+        return View(self.family, self.dims, layer, self.source, self.arrays, self.heads, {}, self._shared)
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._shared:
@@ -258,9 +270,16 @@ class View:
 
     @property
     def shape(self) -> LayerShape:
-        return self.dims.layers[self.layer]
+        return as_heads(self.dims.layers[self.layer]) if self.heads else self.dims.layers[self.layer]
+
+    @property
+    def query_heads(self) -> bool:
+        shape = self.dims.layers[self.layer]
+        return self.heads and shape.n_heads != shape.n_kv_heads
 
     def weight(self, role: str) -> Array:
+        if self.query_heads and role in ("k", "v"):
+            return np.zeros((self.shape.n_heads * self.dims.head_dim, self.dims.hidden), np.float32)
         if role not in self._weights:
             tensor = checkpoint.role_tensor(self.source, self.family, self.dims, role, self.layer)
             values = checkpoint.to_float32(tensor)
@@ -273,6 +292,8 @@ class View:
         return self.arrays[f"layers.{self.layer}.{need.value}"]
 
     def role_stat(self, need: Need, role: str) -> Array:
+        if self.query_heads and role in ("k", "v"):
+            return np.zeros_like(self.role_stat(need, "q"))
         return self.arrays[f"layers.{self.layer}.{need.value}.{role}"]
 
 
@@ -294,7 +315,7 @@ def collect(
         raise ConfigError("this metric needs gradients, which forward calibration does not collect")
     arrays: dict[str, np.ndarray] = {}
     with torch.inference_mode(), (progress or Silent()).stage("calibrate", len(graph.dims.layers)) as bar:
-        walk = _Walk(source, graph.dims, tokens, needs, batch_tokens, device)
+        walk = _Walk(source, graph, tokens, needs, batch_tokens, device)
         for index in range(len(graph.dims.layers)):
             with checkpoint.resident_layer(walk.model, index, source, device=device) as layer:
                 arrays |= walk.collect(index, layer)
@@ -309,14 +330,15 @@ class _Walk:
     def __init__(
         self,
         source: checkpoint.Source,
-        dims: ModelDims,
+        graph: ModelGraph,
         tokens: np.ndarray,
         needs: frozenset[Need],
         batch_tokens: int,
         device: str,
     ) -> None:
+        self.dims = dims = graph.dims
         self.family = graphs.find_family(dims.family)
-        self.dims = dims
+        self.heads = has_query_heads(graph)
         self.needs = needs
         self.model = checkpoint.skeleton(source.config, dims, split=True)
         ids = torch.from_numpy(np.ascontiguousarray(tokens)).long()
@@ -330,7 +352,9 @@ class _Walk:
 
     def collect(self, index: int, layer: nn.Module, *, move: bool = True) -> dict[str, np.ndarray]:
         """Statistics of one layer; with `move` the stream becomes the layer's output."""
-        with Collector(self.family, layer, self.dims.layers[index], self.dims, self.needs) as collector:
+        shape = self.dims.layers[index]
+        shape = as_heads(shape) if self.heads else shape
+        with Collector(self.family, layer, shape, self.dims, self.needs) as collector:
             for part in self._batches():
                 before = self.stream[part].clone()
                 out = self._layers.run(index, layer, before)
@@ -388,7 +412,7 @@ def score(
     shared: dict[str, Any] = {}
     with (progress or Silent()).stage(f"score {metric.name}", len(by_layer)) as bar:
         for layer, axes in by_layer.items():
-            view = View(family, graph.dims, layer, source, arrays, {}, shared)
+            view = View(family, graph.dims, layer, source, arrays, has_query_heads(graph), {}, shared)
             for axis in axes:
                 out[axis.name] = _axis_scores(metric, options, view, axis, seed)
             source.close()
@@ -404,7 +428,8 @@ def _axes_by_layer(graph: ModelGraph) -> dict[int, list[Axis]]:
 
 
 def _axis_scores(metric: Metric, options: Mapping[str, str], view: View, axis: Axis, seed: int) -> np.ndarray:
-    values = np.asarray(metric.score(view, axis.unit, options, seed), dtype=np.float32)
+    unit = "kv" if axis.unit == "q" else axis.unit  # the view shows each query head as a group
+    values = np.asarray(metric.score(view, unit, options, seed), dtype=np.float32)
     if values.shape != (axis.n_units,) or not np.isfinite(values).all():
         raise ConfigError(f"metric {metric.name} gave unusable scores for {axis.name}")
     return values
@@ -446,11 +471,11 @@ def score_sequential(
     shared: dict[str, Any] = {}
     stage = (progress or Silent()).stage(f"score {metric.name}", len(graph.dims.layers))
     with torch.inference_mode(), stage as bar:
-        walk = _Walk(source, graph.dims, windows, needs, batch_tokens, device)
+        walk = _Walk(source, graph, windows, needs, batch_tokens, device)
         for index in range(len(graph.dims.layers)):
             with checkpoint.resident_layer(walk.model, index, source, device=device) as layer:
                 found.arrays.update(walk.collect(index, layer, move=False))
-                view = View(walk.family, graph.dims, index, source, found.arrays, {}, shared)
+                view = View(walk.family, graph.dims, index, source, found.arrays, walk.heads, {}, shared)
                 for axis in by_layer.get(index, ()):
                     scores = _axis_scores(metric, options, view, axis, seed)
                     found.scores[axis.name] = scores
@@ -495,8 +520,9 @@ def imatrix(
                 out[prefix + name] = arrays[f"{prefix}{need.value}"]
         o_in = arrays.get(f"{prefix}{Need.O_IN_SQUARES.value}")
         if o_in is not None:
-            units = kept.get(f"{prefix}kv")
-            per_group = o_in.reshape(shape.n_kv_heads, -1)
+            heads = kept.get(f"{prefix}q")
+            units = kept.get(f"{prefix}kv") if heads is None else heads
+            per_group = o_in.reshape(shape.n_kv_heads if heads is None else shape.n_heads, -1)
             out[prefix + "o_in"] = (per_group if units is None else per_group[list(units)]).reshape(-1)
         down_in = arrays.get(f"{prefix}{Need.DOWN_IN_SQUARES.value}")
         if down_in is not None:

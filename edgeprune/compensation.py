@@ -23,7 +23,7 @@ NEEDS = frozenset((Need.O_IN_MEAN, Need.DOWN_IN_MEAN))
 FAMILIES = frozenset(("llama",))  # whose transformers class has a bias on o and down
 GGUF_ARCHITECTURES = frozenset(("llama", "deci", "mistral3"))
 
-_PLACE = {"kv": ("o", Need.O_IN_MEAN), "ffn": ("down", Need.DOWN_IN_MEAN)}
+_PLACE = {"kv": ("o", Need.O_IN_MEAN), "q": ("o", Need.O_IN_MEAN), "ffn": ("down", Need.DOWN_IN_MEAN)}
 
 
 def bias(weight: Array, mean_input: Array, kept: Sequence[int]) -> Array:

@@ -30,7 +30,7 @@ def kept_indices(space: PlanSpace, widths: Widths) -> dict[str, tuple[int, ...]]
     for axis in space.graph.axes:
         width = widths[axis.name]
         if width < axis.n_units:
-            kept[axis.name] = best_units(space.scores[axis.name], width)
+            kept[axis.name] = best_units(space.scores[axis.name], width, axis.groups)
     return kept
 
 
@@ -102,7 +102,7 @@ def check_ratio(space: PlanSpace, allocator: str, ratio: float) -> None:
             f"ratio {ratio} is not between 0 and 1", "0.2 removes a fifth of the decoder layers"
         )
     load_allocator(allocator).check(space)
-    rules = (space.constraints.ffn, space.constraints.kv)
+    rules = [space.rule(axis) for axis in space.graph.axes]
     if ratio > 0 and space.protected and any(r.uniform_across_layers and not r.fixed for r in rules):
         raise ConfigError(
             "protected layers keep widths of their own, which this export cannot load",

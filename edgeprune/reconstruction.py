@@ -36,8 +36,8 @@ RIDGES = (0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal that are tried
 _KEPT_BYTES = 384 << 20  # of activations that are kept rather than computed again
 HELD_OUT = 8  # one window in this many chooses the ridge
 
-_ROLE = {"kv": "o", "ffn": "down"}
-_NORM = {"kv": "attn_norm", "ffn": "ffn_norm"}
+_ROLE = {"kv": "o", "q": "o", "ffn": "down"}
+_NORM = {"kv": "attn_norm", "q": "attn_norm", "ffn": "ffn_norm"}
 
 
 def solve(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -97,7 +97,7 @@ def by_inputs(widths: Mapping[str, int]) -> Choose:
         own = torch.stack([gram[u * each : (u + 1) * each, u * each : (u + 1) * each] for u in range(n)])
         parts = weight.reshape(n, each, -1)
         adds = (parts * (own @ parts)).sum(dim=(1, 2))
-        return best_units(adds.numpy(), widths[axis.name])
+        return best_units(adds.numpy(), widths[axis.name], axis.groups)
 
     return choose
 
@@ -175,7 +175,7 @@ def rebuild(
             with checkpoint.resident_layer(walk.model, index, source) as layer:
                 new = {}
                 # attention first: its new output is what the FFN's inputs come from
-                for axis in sorted(by_layer.get(index, ()), key=lambda a: a.unit != "kv"):
+                for axis in sorted(by_layer.get(index, ()), key=lambda a: a.unit == "ffn"):
                     name, weight = walk.solve(index, layer, axis, choose, ridges, made)
                     new[name] = weight
                 if index < last:

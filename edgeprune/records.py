@@ -191,6 +191,7 @@ class Constraints:
     ffn: UnitRule
     kv: UnitRule
     reasons: tuple[str, ...]
+    q: UnitRule | None = None  # single query heads, beside what KV groups ask for; None: as `kv`
 
 
 # ---------------------------------------------------------------- models and plans
@@ -235,7 +236,7 @@ class TensorSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """All units of one kind ('ffn' or 'kv') in one layer, and the slices that are cut together."""
+    """All units of one kind ('ffn', 'kv' or 'q') in one layer, and the slices that are cut together."""
 
     name: str  # "layers.3.ffn"
     unit: str
@@ -243,6 +244,7 @@ class Axis:
     n_units: int
     unit_params: int
     slices: tuple[TensorSlice, ...]
+    groups: int = 1  # equal runs of units that each keep the same number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,6 +382,7 @@ class RecoveryResult:
     weights_sha256: str | None
     key: str
     tried: tuple[RecoveryTry, ...] = ()
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

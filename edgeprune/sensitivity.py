@@ -120,7 +120,7 @@ class Probe:
     def _set_(
         self, module: Any, axis: Axis, width: int, old: torch.Tensor, gram: torch.Tensor | None
     ) -> None:
-        units = best_units(self.scores[axis.name], width)
+        units = best_units(self.scores[axis.name], width, axis.groups)
         columns = torch.from_numpy(kept_columns(axis, units))
         new = old[columns] if gram is None else solve(gram, old, columns, RIDGE)
         set_columns_(module, columns, new)
@@ -172,7 +172,7 @@ class Probe:
 def probe_widths(legal: Sequence[int], n_units: int, unit: str) -> list[int]:
     """Which of an axis's legal widths are measured: none, up to two group counts, shares of channels."""
     below = [w for w in legal if 0 < w < n_units]
-    if unit == "kv":
+    if unit != "ffn":
         chosen = set(below[-2:])
     else:
         chosen = {min(below, key=lambda w: abs(w - share * n_units)) for share in FFN_SHARES if below}

@@ -95,6 +95,7 @@ class Sheet:
 
     stats: Mapping[str, Any] = field(default_factory=dict)
     qk_norm: bool = False
+    query_heads: bool = False
     layer: int = 0
     dims: ModelDims = field(
         default_factory=lambda: ModelDims(

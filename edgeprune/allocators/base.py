@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -41,7 +43,12 @@ class PlanSpace:
     measure: Callable[[Widths], float] | None = None
 
     def rule(self, axis: Axis) -> UnitRule:
-        return self.constraints.ffn if axis.unit == "ffn" else self.constraints.kv
+        if axis.unit != "q":
+            return self.constraints.ffn if axis.unit == "ffn" else self.constraints.kv
+        rule = self.constraints.q or self.constraints.kv
+        # the same number in every KV group, and at least one
+        step = math.lcm(rule.multiple_of, axis.groups)
+        return dataclasses.replace(rule, multiple_of=step, min_keep=step, whole=False)
 
     def free(self, axis: Axis) -> bool:
         return not self.rule(axis).fixed and axis.layer not in self.protected
@@ -112,10 +119,17 @@ class Allocator:
     measures: bool = False
 
 
-def best_units(scores: Array, width: int) -> tuple[int, ...]:
-    """Sorted indices of the `width` highest scores; ties keep the lower index."""
-    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
-    return tuple(int(i) for i in np.sort(order[:width]))
+def best_units(scores: Array, width: int, groups: int = 1) -> tuple[int, ...]:
+    """Sorted indices of the `width` highest scores, as many in each of `groups` equal runs.
+
+    Ties keep the lower index.
+    """
+    rows = np.asarray(scores, dtype=np.float64).reshape(groups, -1)
+    if width % groups:
+        raise ValueError(f"{width} units cannot be shared evenly by {groups} groups")
+    order = np.argsort(-rows, axis=1, kind="stable")[:, : width // groups]
+    order = order + np.arange(groups)[:, None] * rows.shape[1]
+    return tuple(int(i) for i in np.sort(order.reshape(-1)))
 
 
 def check_free_widths(space: PlanSpace, name: str) -> None:

@@ -18,7 +18,7 @@ def uniform_widths(space: PlanSpace, ratio: float) -> Widths:
     reachable = sum(axis.n_units * space.unit_cost(axis) for axis in free)
     share = min(1.0, target / reachable) if reachable else 0.0
     for axis in free:
-        if axis.unit == "kv":
+        if axis.unit != "ffn":
             # the small slack keeps a share of exactly 1/3 of three groups from rounding to none
             widths[axis.name] = space.snap(axis, axis.n_units * (1 - share) - 1e-6)
     ffn = [axis for axis in free if axis.unit == "ffn"]
@@ -34,7 +34,7 @@ def uniform_widths(space: PlanSpace, ratio: float) -> Widths:
     step_cost = sum(space.rule(a).multiple_of * space.unit_cost(a) for a in ffn) or 1
     while rest > step_cost:
         # FFN is at its floor: take whole KV groups, one per layer, until the ratio is met or nothing is left
-        kv = [a for a in free if a.unit == "kv" and widths[a.name] > space.floor(a)]
+        kv = [a for a in free if a.unit != "ffn" and widths[a.name] > space.floor(a)]
         if not kv:
             break
         for axis in kv:

@@ -168,6 +168,15 @@ def refine_options(command: F) -> F:
     return command
 
 
+def query_heads_option(command: F) -> F:
+    """Add --query-heads."""
+    return click.option(
+        "--query-heads",
+        is_flag=True,
+        help="Attention gives up single query heads, as many in each KV group, instead of whole groups.",
+    )(command)
+
+
 def trim_options(command: F) -> F:
     """Add --trim-vocab and --trim-check."""
     for decorate in (

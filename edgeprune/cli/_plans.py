@@ -32,6 +32,7 @@ def echo_plan(
         ("requested", asked or f"{100 * figures['requested_ratio']:.1f}% of decoder-layer parameters"),
         ("reached", f"{100 * ratio:.1f}% of decoder-layer parameters, {100 * whole:.1f}% of all"),
         ("parameters", f"{figures['parameters']:,} of {figures['parameters_before']:,}"),
+        *_query_heads(figures),
         ("KV groups", _widths(figures, 1)),
         ("FFN width", _widths(figures, 2)),
     ]
@@ -52,6 +53,14 @@ def vocabulary_pairs(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("saved there", format_bytes(figures["bytes_removed"])),
         ("tokens of text", ", ".join(grown)),
     ]
+
+
+def _query_heads(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line on query heads where they left on their own and not with their KV group."""
+    pairs = zip(figures["layers"], figures["layers_before"], strict=True)
+    if all(a[0] * b[1] == a[1] * b[0] for a, b in pairs):
+        return []
+    return [("query heads", _widths(figures, 0))]
 
 
 def _widths(figures: dict[str, Any], column: int) -> str:

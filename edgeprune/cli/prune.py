@@ -15,6 +15,7 @@ from edgeprune.cli._options import (
     metric_option_option,
     model_argument,
     out_option,
+    query_heads_option,
     recovery_options,
     recovery_recipe,
     refine_options,
@@ -42,6 +43,7 @@ _DECIDED = (
     "steps",
     "blocks",
     "rechoose",
+    "query_heads",
     "trim_vocab",
     "trim_check",
 )
@@ -62,6 +64,7 @@ _DECIDED = (
 @allocator_option("inner")
 @cut_options
 @refine_options
+@query_heads_option
 @calibration_options
 @trim_options
 @recovery_options("none")
@@ -84,6 +87,7 @@ def command(
     steps: int,
     blocks: bool,
     rechoose: bool,
+    query_heads: bool,
     calibration: str | None,
     samples: int,
     length: int,
@@ -152,6 +156,7 @@ def command(
                     protect_last=protect_last,
                     blocks=blocks,
                     rechoose=rechoose,
+                    query_heads=query_heads,
                     steps=steps,
                     compensation=compensation,
                     compensation_samples=compensation_samples,

@@ -70,7 +70,8 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
         but = f", and '{carrier.name}' refuses {refusals[carrier.name]}" if carrier else ""
         reasons.append(f"GGUF has no architecture for '{family.model_type}' with widths per layer{but}")
     one = all(s.n_kv_heads <= 1 for s in dims.layers)
-    fixed = one or not any(arch.fewer_heads and refusals[arch.name] is None for arch in family.gguf)
+    fewer = any(arch.fewer_heads and refusals[arch.name] is None for arch in family.gguf)
+    fixed = one or not fewer
     if one:
         reasons.append("one KV head in every layer: FFN only")
     elif fixed:
@@ -85,6 +86,9 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
     kv_multiple = block // math.gcd(block, group)
     if any(s.n_kv_heads % kv_multiple for s in dims.layers):
         kv_multiple = 1
+    heads_multiple = block // math.gcd(block, dims.head_dim)
+    if any(s.n_heads % heads_multiple for s in dims.layers):
+        heads_multiple = 1
     if kv_multiple > 1:
         reasons.append(f"KV heads in steps of {kv_multiple}: rows of attn_output fill whole blocks")
     return Constraints(
@@ -102,6 +106,12 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
             min_keep=kv_multiple,
             fixed=fixed,
             whole=any(arch.no_attention for arch in carriers),
+        ),
+        q=UnitRule(
+            uniform_across_layers=uniform,
+            multiple_of=heads_multiple,
+            min_keep=heads_multiple,
+            fixed=not fewer,
         ),
         reasons=tuple(reasons),
     )

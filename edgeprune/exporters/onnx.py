@@ -78,6 +78,7 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
         format="onnx",
         ffn=UnitRule(uniform_across_layers=False, multiple_of=multiple, min_keep=multiple, fixed=False),
         kv=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
+        q=UnitRule(uniform_across_layers=False, multiple_of=1, min_keep=1, fixed=False),
         reasons=tuple(reasons),
     )
 

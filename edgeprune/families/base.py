@@ -224,11 +224,18 @@ class Family:
             slices=tuple(slices),
         )
 
-    def layer_axes(self, dims: ModelDims, layer: int) -> tuple[Axis, ...]:
-        """The prunable axes of one layer: KV groups and FFN channels."""
+    def layer_axes(self, dims: ModelDims, layer: int, *, query_heads: bool = False) -> tuple[Axis, ...]:
+        """The prunable axes of one layer: KV groups (or single query heads) and FFN channels.
+
+        With `query_heads` attention gives up query heads, the same number in every KV group, and no group
+        as a whole; where a group has one query head only, the group stays the unit.
+        """
         shape = dims.layers[layer]
         axes = []
-        if shape.n_kv_heads:
+        if query_heads and shape.n_heads > shape.n_kv_heads:
+            heads = self._axis(dims, layer, "q", shape.n_heads, ("q", "o"))
+            axes.append(dataclasses.replace(heads, groups=shape.n_kv_heads))
+        elif shape.n_kv_heads:
             axes.append(self._axis(dims, layer, "kv", shape.n_kv_heads, ("q", "k", "v", "o")))
         if shape.n_ff:
             axes.append(self._axis(dims, layer, "ffn", shape.n_ff, ("gate", "up", "down")))

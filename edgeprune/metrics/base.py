@@ -102,6 +102,11 @@ class LayerView(Protocol):
         ...
 
     @property
+    def query_heads(self) -> bool:
+        """Each query head is a KV group of its own here; k and v, which it shares, are zero and stay."""
+        ...
+
+    @property
     def post_norms(self) -> bool:
         """Attention and FFN outputs pass a norm before they join the stream."""
         ...
@@ -188,6 +193,8 @@ def unit_params(view: LayerView, unit: str) -> int:
     dims, shape = view.dims, view.shape
     if unit == "ffn":
         return 3 * dims.hidden + (2 if dims.mlp_bias else 0)
+    if view.query_heads:
+        return 2 * dims.hidden * dims.head_dim + (dims.head_dim if dims.qkv_bias else 0)
     g = shape.n_heads // shape.n_kv_heads
     return (2 + 2 * g) * dims.hidden * dims.head_dim + ((g + 2) * dims.head_dim if dims.qkv_bias else 0)
 

@@ -22,7 +22,7 @@ from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, St
 from edgeprune.exporters import gguf
 from edgeprune.pipeline import bundling, costing, device_loop, findings, light, prepare, refine, trimming
 from edgeprune.pipeline import lane as lanes
-from edgeprune.pipeline.parent import Parent, open_parent
+from edgeprune.pipeline.parent import Parent, open_parent, with_query_heads
 from edgeprune.planner import Lane
 from edgeprune.progress import Progress
 from edgeprune.records import (
@@ -83,6 +83,7 @@ class RunOptions:
     sustained_s: float = 60.0  # of decoding on a device, behind the repeats
     trim_vocab: tuple[str, ...] = ()  # texts or languages whose tokens stay; empty: all stay
     trim_check: str | None = None
+    query_heads: bool = False  # attention gives up query heads, not KV groups
     label: str | None = None  # of a further target in the same run folder: part of its report's name
 
 
@@ -146,6 +147,8 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
         if took:
             progress.say(took)
         parent = trimming.trim(folder, open_parent(options.model, folder), trim, progress)
+        if options.query_heads:
+            parent = with_query_heads(parent, metric, metric_options)
         if profile.workload.context_tokens > parent.graph.dims.max_context:
             raise ConfigError(
                 f"profile {profile.name} needs a context of {profile.workload.context_tokens} tokens, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from edgeprune.costs.gguf_header import KeyValue, read_header
 from edgeprune.errors import ConfigError
 from edgeprune.families.base import Family
 from edgeprune.gguf_source import GgufSource
+from edgeprune.metrics.base import Metric, Need
 from edgeprune.records import Artifact, ModelGraph, VocabTrimming, make_key
 
 
@@ -91,6 +93,25 @@ def open_folder(folder: Path, *, name: str | None = None, key: str | None = None
         given_quantization=None,
         key=key or make_key("parent", source.fingerprint),
     )
+
+
+def with_query_heads(parent: Parent, metric: Metric, options: Mapping[str, str]) -> Parent:
+    """The same model with single query heads as units of attention, under a key of its own.
+
+    Raises ConfigError where no KV group has two, or the metric knows whole groups only.
+    """
+    graph = graphs.with_query_heads(parent.graph)
+    if not any(axis.unit == "q" for axis in graph.axes):
+        raise ConfigError(
+            f"{parent.name} has one query head for each KV head, so none can leave a group",
+            "leave out --query-heads",
+        )
+    if Need.MASK_TRIALS in metric.needs(options):
+        raise ConfigError(
+            f"{metric.name} with these switches is fitted to masked KV groups, not to query heads",
+            "choose another metric or switch, or leave out --query-heads",
+        )
+    return dataclasses.replace(parent, graph=graph, key=make_key("parent", "query heads", parent.key))
 
 
 def given_type(path: Path, label: str | None = None) -> str:

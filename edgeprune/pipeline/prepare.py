@@ -241,7 +241,7 @@ def score_in_order(
                 parent.source,
                 parent.graph,
                 windows,
-                lambda axis, scores: planner.best_units(scores, widths[axis.name]),
+                lambda axis, scores: planner.best_units(scores, widths[axis.name], axis.groups),
                 seed=seed,
                 progress=progress,
             ).scores

@@ -271,7 +271,7 @@ def in_steps(
         for axis in space.graph.axes:
             width = min(widths[axis.name], len(left[axis.name]))
             if width < len(left[axis.name]):
-                best = planner.best_units(scores[axis.name], width)
+                best = planner.best_units(scores[axis.name], width, axis.groups)
                 left[axis.name] = left[axis.name][list(best)]
         kept = {
             a.name: tuple(int(u) for u in left[a.name])

@@ -34,7 +34,7 @@ from edgeprune.exporters import gguf
 from edgeprune.metrics.base import Metric, is_sequential
 from edgeprune.pipeline import light, prepare, refine, trimming
 from edgeprune.pipeline.lane import VERIFY_TOKENS, verify_flags
-from edgeprune.pipeline.parent import Parent, open_parent
+from edgeprune.pipeline.parent import Parent, open_parent, with_query_heads
 from edgeprune.planner import PlanSpace
 from edgeprune.progress import Progress
 from edgeprune.records import (
@@ -76,6 +76,7 @@ class Cut:
     protect_last: int
     blocks: bool = False  # whole attention and FFN blocks may leave
     steps: int = 1
+    query_heads: bool = False  # attention gives up query heads, not KV groups
     rechoose: bool = False  # with ridge: units by what they add to the compensated model
     compensation: str = "none"
     compensation_samples: int = 64  # windows of 512 tokens
@@ -223,6 +224,8 @@ def prune(
     trimming.check(trim)
     with scratch(out) as run:
         parent = trimming.trim(run, open_parent(model, run), trim, progress)
+        if cut.query_heads:
+            parent = with_query_heads(parent, metric, options)
         space = PlanSpace(
             graph=parent.graph,
             scores={},
@@ -353,6 +356,7 @@ def prune_to_plan(
     with scratch(out) as run:
         parent = open_parent(model, run)
         plan = light.load_plan(plan_file, parent.graph)
+        parent = dataclasses.replace(parent, graph=graphs.like(parent.graph, plan.kept))
         if plan.compensation != "none":
             progress.say(f"the plan's {plan.compensation} compensation needs calibration text: only cut here")
             dims = graphs.prune_dims(parent.graph, plan.kept)
