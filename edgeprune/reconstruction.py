@@ -6,9 +6,12 @@ that stay, the new weight minimises
     sum_t w_t |X_tS V - X_t W|^2  +  lambda |V - W_S|^2,      w_t = 1 / mean square of the stream at token t
 
 With G = X'wX that is V = W_S + (G_SS + lambda I)^-1 G_SR W_R, R being the columns that leave: G is all that
-has to be kept. The stream's size varies a thousandfold over tokens while the next norm divides it away: hence
-w_t. X is what the already compensated layers before feed it. lambda is a share of the mean diagonal of G_SS,
-chosen per matrix on windows that were held out. One layer is resident; new weights go to a file per layer.
+has to be kept. What the layers before it spoiled is made up for as well: the target is X_t W + DRIFT d_t,
+d_t being what the dense model's stream behind the block has and this one lacks, which adds
+(G_SS + lambda I)^-1 DRIFT X_S'wd. The whole of d asks for more than the text can tell. The stream's size
+varies a thousandfold over tokens while the next norm divides it away: hence w_t. X is what the already
+compensated layers before feed it. lambda is a share of the mean diagonal of G_SS, chosen per matrix on
+windows that were held out. One layer is resident; new weights go to a file per layer.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from torch import nn
 
 from edgeprune import checkpoint, rundir
 from edgeprune import graph as graphs
-from edgeprune.allocators.base import best_units
 from edgeprune.compensation import kept_columns
 from edgeprune.errors import ConfigError
 from edgeprune.progress import Progress, Silent
@@ -34,21 +36,36 @@ from edgeprune.records import Axis, ModelGraph
 
 RIDGES = (0.03, 0.1, 0.3, 1.0)  # shares of the mean diagonal that are tried
 _KEPT_BYTES = 384 << 20  # of activations that are kept rather than computed again
+DRIFT = 0.5  # share of the earlier layers' error that a matrix is asked to undo
 HELD_OUT = 8  # one window in this many chooses the ridge
+
+_AT_ONCE = 16  # channels that leave between two updates of the inverse
 
 _ROLE = {"kv": "o", "q": "o", "ffn": "down"}
 _NORM = {"kv": "attn_norm", "q": "attn_norm", "ffn": "ffn_norm"}
+_POST_NORM = {"kv": "attn_post_norm", "q": "attn_post_norm", "ffn": "ffn_post_norm"}
 
 
-def solve(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """New weight [kept, out] float64 from G [in, in] and W [in, out]; `ridge` is a share of G's diagonal."""
+def solve(
+    gram: torch.Tensor,
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    ridge: float,
+    pull: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """New weight [kept, out] float64 from G [in, in] and W [in, out]; `ridge` is a share of G's diagonal.
+
+    `pull` [in, out] is X'wD of what the output should have on top, if anything.
+    """
     weight, gram = weight.double(), gram.double()
     gone = torch.ones(len(weight), dtype=torch.bool)
     gone[kept] = False
-    if not bool(gone.any()) or len(kept) == 0:
+    if (not bool(gone.any()) and pull is None) or len(kept) == 0:
         return weight[kept]
     among = gram[kept][:, kept]
     lost = gram[kept][:, gone] @ weight[gone]
+    if pull is not None:
+        lost = lost + pull.double()[kept]
     strength = ridge * among.diagonal().mean().clamp_min(1e-30)
     damped = among + strength * torch.eye(len(kept), dtype=torch.float64)
     factor, info = torch.linalg.cholesky_ex(damped)
@@ -59,24 +76,52 @@ def solve(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, ridge: f
     return weight[kept] + change
 
 
-def error(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, new: torch.Tensor) -> float:
-    """Weighted squared change of the matrix's output when `new` [kept, out] stands for W [in, out]."""
+def error(
+    gram: torch.Tensor,
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    new: torch.Tensor,
+    pull: torch.Tensor | None = None,
+) -> float:
+    """Weighted squared change of the matrix's output when `new` [kept, out] stands for W [in, out].
+
+    With `pull` = X'wD the squared distance to the output plus D, less the constant D'wD.
+    """
     change = -weight.double()
     change[kept] += new
-    return float((change * (gram.double() @ change)).sum())
+    total = (change * (gram.double() @ change)).sum()
+    return float(total if pull is None else total - 2 * (change * pull.double()).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """X'wX [in, in] of the inputs of a matrix, and X'wD [in, out] of what its output should have on top."""
+
+    gram: torch.Tensor
+    pull: torch.Tensor | None = None
+
+    def __add__(self, other: Moments) -> Moments:
+        pull = None if self.pull is None or other.pull is None else self.pull + other.pull
+        return Moments(self.gram + other.gram, pull)
+
+    def solve(self, weight: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
+        return solve(self.gram, weight, kept, ridge, self.pull)
+
+    def error(self, weight: torch.Tensor, kept: torch.Tensor, new: torch.Tensor) -> float:
+        return error(self.gram, weight, kept, new, self.pull)
 
 
 def best_ridge(
-    fit: torch.Tensor,
-    held: torch.Tensor,
+    fit: Moments,
+    held: Moments,
     weight: torch.Tensor,
     kept: torch.Tensor,
     ridges: Sequence[float] = RIDGES,
 ) -> float:
-    """The ridge whose weight, solved on `fit`, changes the output least on `held`."""
-    if len(ridges) == 1 or not bool(held.any()):
+    """The ridge whose weight, solved on `fit`, serves `held` best."""
+    if len(ridges) == 1 or not bool(held.gram.any()):
         return ridges[len(ridges) // 2]
-    errors = [error(held, weight, kept, solve(fit, weight, kept, ridge)) for ridge in ridges]
+    errors = [held.error(weight, kept, fit.solve(weight, kept, ridge)) for ridge in ridges]
     return ridges[int(np.argmin(errors))]
 
 
@@ -89,15 +134,36 @@ def as_planned(kept: Mapping[str, Sequence[int]]) -> Choose:
     return lambda axis, gram, weight: kept.get(axis.name, range(axis.n_units))
 
 
-def by_inputs(widths: Mapping[str, int]) -> Choose:
-    """The units whose own output is largest on the inputs at hand: trace(W_u' G_uu W_u) each."""
+def by_loss(widths: Mapping[str, int], ridge: float = 0.03) -> Choose:
+    """Units whose loss the rest makes up for go, a few at a time: structured optimal brain surgeon.
+
+    With H = G + lambda I a unit u costs trace(W_u' (H^-1_uu)^-1 W_u) when all others are solved anew without
+    it; after each removal W and H^-1 are those of what is left (ZipLM, arXiv:2302.04089, reconstructed).
+    """
 
     def choose(axis: Axis, gram: torch.Tensor, weight: torch.Tensor) -> Sequence[int]:
-        n, each = axis.n_units, len(gram) // axis.n_units
-        own = torch.stack([gram[u * each : (u + 1) * each, u * each : (u + 1) * each] for u in range(n)])
-        parts = weight.reshape(n, each, -1)
-        adds = (parts * (own @ parts)).sum(dim=(1, 2))
-        return best_units(adds.numpy(), widths[axis.name], axis.groups)
+        each, groups = len(gram) // axis.n_units, axis.groups
+        left = torch.arange(axis.n_units)
+        strength = ridge * gram.diagonal().mean().clamp_min(1e-30)
+        inverse = torch.linalg.inv(gram.double() + strength * torch.eye(len(gram), dtype=torch.float64))
+        solved = weight.double().clone()
+        at_once = _AT_ONCE if each == 1 else 1
+        columns = lambda units: (units[:, None] * each + torch.arange(each)).flatten()  # noqa: E731
+        while (n := len(left)) > widths[axis.name]:
+            blocks = inverse.reshape(n, each, n, each)[torch.arange(n), :, torch.arange(n)]
+            parts = solved.reshape(n, each, -1)
+            costs = (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)).reshape(groups, -1)
+            most = min(at_once, (n - widths[axis.name]) // groups)
+            goes = torch.argsort(costs, dim=1, stable=True)[:, :most]
+            goes = (goes + torch.arange(groups)[:, None] * (n // groups)).flatten()
+            stays = torch.ones(n, dtype=torch.bool)
+            stays[goes] = False
+            gone, kept = columns(goes), columns(torch.arange(n)[stays])
+            across = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
+            solved = solved[kept] - across.T @ solved[gone]
+            inverse = inverse[kept][:, kept] - inverse[kept][:, gone] @ across
+            left = left[stays]
+        return [int(u) for u in left]
 
     return choose
 
@@ -152,6 +218,7 @@ def rebuild(
     *,
     ridges: Sequence[float] = RIDGES,
     weighted: bool = True,
+    drift: float = DRIFT,
     batch_tokens: int = 2048,
     half: bool = False,
     progress: Progress | None = None,
@@ -171,8 +238,11 @@ def rebuild(
     last = max(by_layer, default=-1)
     with torch.inference_mode(), (progress or Silent()).stage("compensate", last + 1) as bar:
         walk = Walk(source, graph, windows, weighted=weighted, batch_tokens=batch_tokens, half=half)
+        first = min(by_layer, default=0)
         for index in range(last + 1):
             with checkpoint.resident_layer(walk.model, index, source) as layer:
+                if drift and index >= first:
+                    walk.lead(index, layer, drift)
                 new = {}
                 # attention first: its new output is what the FFN's inputs come from
                 for axis in sorted(by_layer.get(index, ()), key=lambda a: a.unit == "ffn"):
@@ -212,6 +282,10 @@ class Walk:
         ids = torch.from_numpy(np.ascontiguousarray(windows)).long()
         self.stream = self._layers.embed(source, ids)  # [N, T, d]
         self._batch = max(1, batch_tokens // windows.shape[1])
+        # the dense model's stream, and behind each block of this layer what it should be
+        self._ahead: torch.Tensor | None = None
+        self._goals: dict[str, torch.Tensor] = {}
+        self._drift = 0.0
         # stream and inputs of down_proj of this layer, batch by batch, while they are still true
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -238,8 +312,29 @@ class Walk:
         if not bool(torch.isfinite(self.stream).all()):
             raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
 
-    def moments(self, index: int, layer: nn.Module, unit: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """G of the windows that are fitted and of those held out, float64 [n, n] each."""
+    def lead(self, index: int, layer: nn.Module, drift: float) -> None:
+        """Send the dense stream through the layer, before any of its matrices changes; `moments` asks for it.
+
+        Behind a norm of the block's output the stream's error is not one that the matrix can mend.
+        """
+        if self._ahead is None:
+            self._ahead = self.stream.clone()
+        middle = torch.empty_like(self._ahead)
+        norm = checkpoint.role_module(layer, self._family, _NORM["ffn"])
+        seen: list[torch.Tensor] = []
+        hook = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().float()))
+        try:
+            for part in self.batches():
+                self._ahead[part] = self.run(index, layer, self._ahead[part].clone())
+                middle[part] = seen.pop() if seen else self._ahead[part]  # no FFN here
+        finally:
+            hook.remove()
+        goals = {"kv": middle, "q": middle, "ffn": self._ahead}
+        self._goals = {u: g for u, g in goals.items() if _POST_NORM[u] not in self._family.roles}
+        self._drift = drift
+
+    def moments(self, index: int, layer: nn.Module, unit: str, n: int) -> tuple[Moments, Moments]:
+        """Moments, float64, of the windows that are fitted and of those held out."""
         seen: dict[str, torch.Tensor] = {}
 
         def see_norm(_: nn.Module, args: Any) -> None:
@@ -253,6 +348,9 @@ class Walk:
         norm = checkpoint.role_module(layer, self._family, _NORM[unit])
         hooks = [norm.register_forward_pre_hook(see_norm), role.register_forward_pre_hook(see_input)]
         fit, held = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+        goal = self._goals.get(unit)
+        pulls = [torch.zeros(n, self.stream.shape[-1], dtype=torch.float64) for _ in range(2)]
+        bias = getattr(role, "bias", None)
         size = self.stream[..., 0].numel() * (n + self.stream.shape[-1]) * (2 if self._half else 4)
         # with a norm behind down_proj the rest of the layer is more than one product and one sum
         keep = unit == "ffn" and "ffn_post_norm" not in self._family.roles and size <= _KEPT_BYTES
@@ -264,20 +362,29 @@ class Walk:
                 if keep:
                     self._seen.append((seen["stream"].clone(), seen["x"].clone()))
                 x = seen["x"].float()
+                lack = None
+                if goal is not None:
+                    lack = goal[part] - seen["stream"].float() - x @ role.weight.float().T
+                    lack = self._drift * (lack if bias is None else lack - bias.float())
                 if self._weighted:
                     per_token = seen["stream"].float().square().mean(dim=-1, keepdim=True)
-                    x = x * per_token.clamp_min(1e-12).rsqrt()
+                    scale = per_token.clamp_min(1e-12).rsqrt()
+                    x, lack = x * scale, None if lack is None else lack * scale
                 rows = torch.arange(part.start, part.start + len(x)) % HELD_OUT == HELD_OUT - 1
-                for gram, chosen in ((held, rows), (fit, ~rows)):
+                for gram, pull, chosen in ((held, pulls[1], rows), (fit, pulls[0], ~rows)):
                     if bool(chosen.any()):
                         flat = x[chosen].flatten(0, -2)
                         gram += flat.T @ flat
+                        if lack is not None:
+                            pull += flat.T @ lack[chosen].flatten(0, -2)
         finally:
             for hook in hooks:
                 hook.remove()
         if not bool(torch.isfinite(fit).all() & torch.isfinite(held).all()):
             raise ConfigError(f"activations of layer {index} are not finite", "the checkpoint is damaged")
-        return fit, held
+        if goal is None:
+            return Moments(fit), Moments(held)
+        return Moments(fit, pulls[0]), Moments(held, pulls[1])
 
     def matrix(self, layer: nn.Module, unit: str) -> Any:
         """The module whose inputs the units of this kind are."""
@@ -290,13 +397,15 @@ class Walk:
         module = self.matrix(layer, axis.unit)
         old = module.weight.detach().double().T  # [in, out]
         fit, held = self.moments(index, layer, axis.unit, old.shape[0])
-        units = tuple(sorted(int(u) for u in choose(axis, fit + held, old)))
+        both = fit + held
+        units = tuple(sorted(int(u) for u in choose(axis, both.gram, old)))
+        if len(units) == axis.n_units:
+            return self._family.tensor(_ROLE[axis.unit], index), old.float().T.contiguous()
         columns = torch.from_numpy(kept_columns(axis, units))
         ridge = best_ridge(fit, held, old, columns, ridges)
-        new = solve(fit + held, old, columns, ridge).float()
+        new = both.solve(old, columns, ridge).float()
         set_columns_(module, columns, new)
-        if len(units) < axis.n_units:
-            made.kept[axis.name] = units
+        made.kept[axis.name] = units
         made.ridges[axis.name] = ridge
         return self._family.tensor(_ROLE[axis.unit], index), new.T.contiguous()
 

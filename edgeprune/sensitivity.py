@@ -103,7 +103,7 @@ class Probe:
         gram = None
         if self.compensated:
             fit, held = walk.moments(index, layer, axis.unit, old.shape[0])
-            gram = (fit + held).float()
+            gram = (fit + held).gram.float()
             self.folder.mkdir(parents=True, exist_ok=True)
             with rundir.atomic_path(self._file(axis)) as temporary:
                 save_file({"gram": gram}, temporary)

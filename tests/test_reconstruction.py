@@ -10,6 +10,7 @@ import torch
 
 from edgeprune import checkpoint, graph, reconstruction, surgery
 from edgeprune.errors import ConfigError
+from edgeprune.records import Axis, TensorSlice
 from tests import builders
 
 FAMILY = graph.find_family("llama")
@@ -86,7 +87,8 @@ def test_held_out_windows_choose_the_ridge() -> None:
     more, _ = problem(rows=4000, seed=1)
     ridges = (1e-6, 1e-3, 0.1, 1.0)
     fit, held = few.T @ few, more.T @ more
-    chosen = reconstruction.best_ridge(fit, held, weight, kept, ridges)
+    of = reconstruction.Moments
+    chosen = reconstruction.best_ridge(of(fit), of(held), weight, kept, ridges)
     errors = {
         r: reconstruction.error(held, weight, kept, reconstruction.solve(fit, weight, kept, r))
         for r in ridges
@@ -94,9 +96,55 @@ def test_held_out_windows_choose_the_ridge() -> None:
     assert errors[chosen] == min(errors.values())
     assert chosen > 1e-6
     # enough text: the held-out part finds that less ridge is needed than that
-    assert reconstruction.best_ridge(held, held, weight, kept, ridges) == 1e-6
+    assert reconstruction.best_ridge(of(held), of(held), weight, kept, ridges) == 1e-6
     nothing = torch.zeros(10, 10, dtype=torch.float64)
-    assert reconstruction.best_ridge(fit, nothing, weight, kept, ridges) == 0.1
+    assert reconstruction.best_ridge(of(fit), of(nothing), weight, kept, ridges) == 0.1
+
+
+def test_what_the_stream_lacks_is_part_of_the_target() -> None:
+    x, weight = problem()
+    kept = torch.tensor([0, 2, 5, 6, 9])
+    lack = torch.randn(60, 6, dtype=torch.float64)
+    pull = x.T @ lack
+    new = reconstruction.solve(x.T @ x, weight, kept, 0.0, pull)
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight + lack).solution
+    assert torch.allclose(new, expected, atol=1e-9)
+    distance = float((x[:, kept] @ new - x @ weight - lack).square().sum() - lack.square().sum())
+    assert reconstruction.error(x.T @ x, weight, kept, new, pull) == pytest.approx(distance, rel=1e-9)
+
+
+def axis_of(n: int, block: int, groups: int = 1) -> Axis:
+    slices = (TensorSlice(tensor="w", dim=1, offset=0, block=block),)
+    return Axis(name="a", unit="ffn", layer=0, n_units=n, unit_params=1, slices=slices, groups=groups)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_unit_whose_loss_is_least_goes(block: int) -> None:
+    x, weight = problem(n=12, seed=3)
+    gram, axis = x.T @ x, axis_of(12 // block, block)
+    ridge = 1e-9
+    losses = {}
+    for unit in range(axis.n_units):
+        kept = torch.tensor([c for c in range(12) if c // block != unit])
+        losses[unit] = reconstruction.error(
+            gram, weight, kept, reconstruction.solve(gram, weight, kept, ridge)
+        )
+    left = reconstruction.by_loss({"a": axis.n_units - 1}, ridge)(axis, gram, weight)
+    assert set(range(axis.n_units)) - set(left) == {min(losses, key=losses.__getitem__)}
+
+
+def test_a_channel_that_others_make_up_goes_before_a_smaller_one() -> None:
+    x, weight = problem(seed=4)
+    x[:, 3] = 2 * x[:, 0] - 0.5 * x[:, 7]
+    x[:, 5] *= 0.1
+    left = reconstruction.by_loss({"a": 9}, 1e-6)(axis_of(10, 1), x.T @ x, weight)
+    assert len(left) == 9 and set(range(10)) - set(left) <= {0, 3, 7}
+
+
+def test_every_group_keeps_as_many() -> None:
+    x, weight = problem(n=12, seed=6)
+    left = reconstruction.by_loss({"a": 6}, 0.03)(axis_of(12, 1, groups=3), x.T @ x, weight)
+    assert [sum(u // 4 == g for u in left) for g in range(3)] == [2, 2, 2]
 
 
 # ---------------------------------------------------------------- on models
@@ -134,10 +182,10 @@ def test_ratio_zero_is_the_identity(tmp_path: Path) -> None:
 
 
 def by_hand(
-    folder: Path, dense: graph.ModelGraph, tokens: np.ndarray, ridge: float
+    folder: Path, dense: graph.ModelGraph, tokens: np.ndarray, ridge: float, drift: float
 ) -> dict[str, torch.Tensor]:
     """The same, the plain way: the whole model in memory, one hook after the other."""
-    model = checkpoint.load_model(folder)
+    model, parent = checkpoint.load_model(folder), checkpoint.load_model(folder)
     found = {}
     for axis in sorted(dense.axes, key=lambda a: (a.layer, a.unit != "kv")):
         if axis.name not in KEPT:
@@ -153,6 +201,18 @@ def by_hand(
             model(torch.from_numpy(tokens), use_cache=False)
         for hook in hooks:
             hook.remove()
+        goal = {}
+        behind = parent.get_submodule(FAMILY.tensor("ffn_norm", axis.layer, "")[:-1])
+        hooks = [
+            behind.register_forward_pre_hook(lambda m, a, s=goal: s.update(kv=a[0])),
+            parent.model.layers[axis.layer].register_forward_hook(
+                lambda m, a, out, s=goal: s.update(ffn=out[0] if isinstance(out, tuple) else out)
+            ),
+        ]
+        with torch.no_grad():
+            parent(torch.from_numpy(tokens), use_cache=False)
+        for hook in hooks:
+            hook.remove()
         x = (seen["x"] / seen["y"].square().mean(-1, keepdim=True).sqrt()).flatten(0, 1).double()
         weight = model.get_submodule(path).weight.detach().double()
         block = weight.shape[1] // axis.n_units
@@ -161,6 +221,9 @@ def by_hand(
         gram = xs.T @ xs
         strength = ridge * gram.diagonal().mean()
         residual = x @ weight.T - xs @ weight[:, kept].T
+        scale = seen["y"].square().mean(-1, keepdim=True).sqrt()
+        lack = (goal[axis.unit] - seen["y"]) / scale - (x @ weight.T).view(seen["y"].shape)
+        residual = residual + drift * lack.flatten(0, 1).double()
         change = torch.linalg.inv(gram + strength * torch.eye(len(kept))) @ (xs.T @ residual)
         new = torch.zeros_like(weight)
         new[:, kept] = weight[:, kept] + change.T
@@ -169,15 +232,17 @@ def by_hand(
     return found
 
 
-@pytest.mark.parametrize("batch_tokens", [24, 100, 10_000])
-def test_streamed_equals_in_memory(tmp_path: Path, batch_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("batch_tokens", "drift"), [(24, 0.5), (100, 0.5), (10_000, 0.5), (100, 0.0), (100, 1.0)]
+)
+def test_streamed_equals_in_memory(tmp_path: Path, batch_tokens: int, drift: float) -> None:
     source, dense = opened(tmp_path / "m")
     made = reconstruction.rebuild(
         source, dense, windows(), list(KEPT), reconstruction.as_planned(KEPT), tmp_path / "new",
-        ridges=(0.02,), batch_tokens=batch_tokens,
+        ridges=(0.02,), batch_tokens=batch_tokens, drift=drift,
     )  # fmt: skip
     assert made.kept == KEPT
-    expected = by_hand(tmp_path / "m", dense, windows(), 0.02)
+    expected = by_hand(tmp_path / "m", dense, windows(), 0.02, drift)
     again = reconstruction.RebuiltSource(surgery.PrunedSource(source, dense, KEPT), made.folder)
     assert len(expected) == len(KEPT)
     for name, weight in expected.items():

@@ -155,7 +155,7 @@ def rebuilt(
     if not plan.kept:
         return parent.source
     kept = {name: sorted(units) for name, units in plan.kept.items()}
-    key = make_key("rebuilt", parent.key, kept, text.key, edgeprune.__version__)
+    key = make_key("rebuilt", parent.key, kept, text.key, reconstruction.DRIFT, edgeprune.__version__)
     relative = f"artifacts/rebuilt-{key}"
     folder = run.path(relative)
 
@@ -198,7 +198,7 @@ def rechosen(
     """As many units as the plan keeps, chosen by what they add to the compensated model; and its weights."""
     made = reconstruction.rebuild(
         *(parent.source, parent.graph, text.windows, list(plan.kept)),
-        reconstruction.by_inputs({name: len(units) for name, units in plan.kept.items()}),
+        reconstruction.by_loss({name: len(units) for name, units in plan.kept.items()}),
         run.path("artifacts/rechosen"),
         half=reconstruction.half_is_fast(),
         progress=progress,
