@@ -450,7 +450,7 @@ def test_recovered_tensors_keep_the_types_they_had(pair: Pair, tmp_path: Path) -
 
 
 def test_auto_spends_the_minutes_on_what_helps(pair: Pair, tmp_path: Path) -> None:
-    asked = recipe("auto", tokens=None, minutes=0.15, rate=None)
+    asked = recipe("auto", tokens=None, minutes=0.08, rate=None)
     made = pair.recover(tmp_path, asked)
     tried = {one.candidate.label: one for one in made.tried}
     assert {"lora 0.001", "lora 0.0004"} <= set(tried)
@@ -468,7 +468,7 @@ def test_auto_spends_the_minutes_on_what_helps(pair: Pair, tmp_path: Path) -> No
 
 
 def test_auto_does_not_decide_anew_after_a_kill(pair: Pair, tmp_path: Path) -> None:
-    asked = recipe("auto", tokens=None, minutes=0.15, rate=None)
+    asked = recipe("auto", tokens=None, minutes=0.08, rate=None)
     (tmp_path / "auto.json").write_text(
         json.dumps(
             {

@@ -135,8 +135,8 @@ def refine_options(command: F) -> F:
         click.option(
             "--rechoose",
             is_flag=True,
-            help="With ridge: the metric decides nothing but the widths; units are chosen by what they add "
-            "to the compensated model, layer after layer.",
+            help="With ridge: the metric decides only the widths; units go whose loss the others can make up "
+            "for, layer after layer.",
         ),
         click.option("--blocks", is_flag=True, help="Whole attention and FFN blocks may leave as well."),
         click.option(
@@ -244,6 +244,19 @@ def recovery_options(default: str) -> Callable[[F], F]:
                 help="Seconds between checkpoints.",
             ),
             click.option(
+                "--recovery-precision",
+                type=click.Choice(["auto", "float32"]),
+                default="auto",
+                show_default=True,
+                help="auto: bfloat16 matrix products where the machine is fast at them.",
+            ),
+            click.option(
+                "--recovery-shard",
+                is_flag=True,
+                help="With several processes: share weights and moments out among them (FSDP), for models "
+                "larger than one device.",
+            ),
+            click.option(
                 "--gradient-checkpointing",
                 is_flag=True,
                 help="Work out activations twice while training, to hold fewer of them.",
@@ -333,6 +346,8 @@ def recovery_recipe(given: Mapping[str, Any], *, seed: int, text: str | None = N
         quantization=given.get("recovery_quantization"),
         gradient_checkpointing=given["gradient_checkpointing"],
         checkpoint_s=given["recovery_checkpoint"],
+        precision=given["recovery_precision"],
+        shard=given["recovery_shard"],
         seed=seed,
     )
     check(recipe)

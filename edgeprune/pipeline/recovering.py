@@ -9,13 +9,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 
@@ -37,6 +35,7 @@ from edgeprune.records import (
 from edgeprune.recovery import packed, text
 from edgeprune.recovery import recipe as recipes
 from edgeprune.recovery import run as recovery
+from edgeprune.recovery.processes import state
 from edgeprune.recovery.recipe import RecoveryRecipe
 
 RESULT_FILE = "edgeprune_recovery.json"
@@ -44,11 +43,6 @@ PLAN_FILE = "edgeprune_plan.json"
 TEXT_SEED_OFFSET = 1_299_709  # neither calibration, nor held-out text, nor what matrices are solved on
 WRITTEN_AT_ONCE = 64  # rows that the parent writes side by side
 WRITING_SHARE = 0.3  # of the minutes that writing the text may take
-
-
-def state() -> PartialState:
-    """The processes of this run; one that waits for another may have to wait for hours."""
-    return PartialState(timeout=timedelta(hours=24))
 
 
 # ---------------------------------------------------------------- text
@@ -254,6 +248,7 @@ def _recover(
         weights=relative,
         weights_sha256=sha256,
         key=key,
+        processes=processes.num_processes,
         tried=tuple(
             RecoveryTry(
                 method=one.candidate.method.name,

@@ -9,6 +9,7 @@ from edgeprune.registry import names, suggest
 
 AUTO = "auto"
 OBJECTIVES = ("distill", "lm")
+PRECISIONS = ("auto", "float32")
 DEFAULT_MINUTES = 10.0
 
 
@@ -31,6 +32,8 @@ class RecoveryRecipe:
     )
     seed: int = 0
     gradient_checkpointing: bool = False
+    precision: str = "auto"  # bfloat16 products where the machine is fast at them; or float32
+    shard: bool = False  # FSDP: processes share the weights out among them
     checkpoint_s: float = 60.0  # between checkpoints; changes no result
 
     @property
@@ -50,6 +53,8 @@ def check(recipe: RecoveryRecipe) -> None:
         problems.append(f"unknown recovery '{recipe.method}'{suggest(recipe.method, methods())}")
     if recipe.objective not in OBJECTIVES:
         problems.append(f"unknown recovery objective '{recipe.objective}'")
+    if recipe.precision not in PRECISIONS:
+        problems.append(f"unknown recovery precision '{recipe.precision}'")
     if recipe.method == AUTO and recipe.minutes is None:
         problems.append("--recovery auto shares out minutes: give --recovery-minutes")
     if recipe.method == AUTO and recipe.options:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,12 @@ from edgeprune import checkpoint, reconstruction, registry, rundir
 from edgeprune import graph as graphs
 from edgeprune.progress import Progress
 from edgeprune.records import ModelDims
-from edgeprune.recovery import _grouped
+from edgeprune.recovery import _grouped, processes
 from edgeprune.recovery.methods.base import Attached, Method, Packed, Setting
 from edgeprune.recovery.recipe import AUTO, RecoveryRecipe
 from edgeprune.recovery.teacher import TOP, Cache, Targets, Teacher
 from edgeprune.recovery.text import Rows
-from edgeprune.recovery.train import Trained, Trainer, Training
+from edgeprune.recovery.train import Trained, Trainer, Training, shard_
 
 # share of the KL in the objective; the rest is the plain loss on the text
 DISTILL = 1.0
@@ -81,7 +81,10 @@ def half_here(device: torch.device) -> bool:
 def load_method(recipe: RecoveryRecipe) -> tuple[Method, dict[str, str]]:
     """The method and its resolved switches. Raises ConfigError."""
     method: Method = registry.load("recovery.methods", recipe.method, "METHOD")
-    return method, method.resolve(recipe.options)
+    options = method.resolve(recipe.options)
+    if method.check is not None:
+        method.check(recipe.quantization)
+    return method, options
 
 
 def assemble(source: checkpoint.Source, dims: ModelDims) -> nn.Module:
@@ -108,6 +111,19 @@ class _Bench:
     half: bool
     progress: Progress
 
+    def attach(self, candidate: Candidate, folder: Path) -> Attached:
+        """The pruned model with the candidate's method on it, untrained."""
+        student = assemble(self.source, self.dims)
+        setting = Setting(
+            dims=self.dims,
+            dense=self.dense,
+            quantization=self.recipe.quantization,
+            seed=self.recipe.seed,
+            options=candidate.options,
+            inputs=self._inputs(student, folder) if candidate.method.quantized else None,
+        )
+        return candidate.method.attach(student, setting)
+
     def train(
         self,
         candidate: Candidate,
@@ -121,18 +137,7 @@ class _Bench:
     ) -> tuple[Attached, Trained]:
         """Train to the end, or to a pause from which a later call goes on; what is in `folder` counts."""
         recipe = self.recipe
-        student = assemble(self.source, self.dims)
-        attached = candidate.method.attach(
-            student,
-            Setting(
-                dims=self.dims,
-                dense=self.dense,
-                quantization=recipe.quantization,
-                seed=recipe.seed,
-                options=candidate.options,
-                inputs=self._inputs(student, folder) if candidate.method.quantized else None,
-            ),
-        )
+        attached = self.attach(candidate, folder)
         training = Training(
             rate=candidate.rate,
             batch=recipe.batch,
@@ -143,6 +148,7 @@ class _Bench:
             half=self.half,
             gradient_checkpointing=recipe.gradient_checkpointing,
             checkpoint_s=recipe.checkpoint_s,
+            shard=recipe.shard,
         )
         trainer = Trainer(
             *(attached, self.rows, self.held, self.teacher, training, folder, self.progress),
@@ -154,7 +160,7 @@ class _Bench:
     def _inputs(self, student: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
         """Mean squared inputs of the matrices, worked out once: a resumed run must round as before."""
         path = folder / "inputs.safetensors"
-        with PartialState().main_process_first():
+        with processes.state().main_process_first():
             if path.is_file():
                 return load_file(path)
             made = _grouped.input_squares(student, self.rows.tokens[:INPUT_ROWS], half_precision=self.half)
@@ -184,11 +190,13 @@ def recover(
     Every process of a distributed run calls this; all get the result.
     """
     began = time.monotonic()
-    accelerator = Accelerator()
-    half = half_here(accelerator.device)
+    accelerator = processes.accelerator()
+    half = recipe.precision == "auto" and half_here(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
     live = recipe.objective == "distill" and recipe.method != "none"
-    teacher, held_targets = _teach(parent, rows, held, folder, accelerator, half=half, live=live)
+    teacher, held_targets = _teach(
+        parent, rows, held, folder, accelerator, half=half, live=live, shard=recipe.shard
+    )
     bench = _Bench(
         source=source,
         dims=dims,
@@ -213,19 +221,26 @@ def recover(
     attached, trained = bench.train(
         candidate, folder, steps=steps, seconds=seconds, used_s=used_s, after_step=after_step
     )
-    return _finish(bench, candidate, attached, trained)
+    return _finish(bench, candidate, attached, trained, folder)
 
 
-def _finish(bench: _Bench, candidate: Candidate, attached: Attached, trained: Trained) -> Recovered:
+def _finish(
+    bench: _Bench, candidate: Candidate, attached: Attached, trained: Trained, folder: Path
+) -> Recovered:
     """Merge what was trained, or discard it when no evaluation was better than the start."""
     before, after = trained.points[0].kl, trained.best.kl
     source = bench.source
+    state = attached.state() if bench.recipe.shard else None
     if trained.best.step == 0:
         last = trained.points[-1].kl
         note = f"discarded: the validation KL went from {before:.4f} to {last:.4f} nats/token"
         if trained.steps == 0:
             note = "nothing was trained"
         return Recovered(candidate=candidate, trained=trained, kept=False, note=note)
+    if state is not None:
+        # merging wants whole weights, which no process has any more
+        attached = bench.attach(candidate, folder)
+        attached.load_(state)
     attached.merge_()
     shapes = graphs.graph_of(graphs.find_family(bench.dims.family), bench.dims).shapes
     state = {name: value for name, value in attached.model.state_dict().items() if name in shapes}
@@ -325,7 +340,7 @@ def _halving(
     )
     last = trained.points[-1]
     tries[best.label] = Try(candidate=best, seconds=trained.seconds, tokens=last.tokens, kl=trained.best.kl)
-    made = _finish(bench, best, attached, trained)
+    made = _finish(bench, best, attached, trained, folder / best.label.replace(" ", "-"))
     return dataclasses.replace(made, tried=tuple(tries.values()))
 
 
@@ -347,6 +362,7 @@ def _teach(
     *,
     half: bool,
     live: bool,
+    shard: bool,
 ) -> tuple[Teacher, Targets]:
     """The parent ready to give targets (if `live`), and its targets for the held-out rows."""
     stored = folder / "held-targets.safetensors"
@@ -359,7 +375,15 @@ def _teach(
         model = parent(torch.bfloat16 if half else torch.float32).to(accelerator.device).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        if shard:
+            shard_(model)
     teacher = Teacher(model, cache=cache)
+    if shard and not stored.is_file():
+        found = teacher.compute(held.tokens)  # all processes together
+        if accelerator.is_main_process:
+            with rundir.atomic_path(stored) as temporary:
+                save_file({"ids": found[0].contiguous(), "values": found[1].contiguous()}, temporary)
+        accelerator.wait_for_everyone()
     with accelerator.main_process_first():
         if stored.is_file():
             found = load_file(stored)

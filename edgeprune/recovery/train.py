@@ -22,16 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from edgeprune import rundir
 from edgeprune.errors import ConfigError
 from edgeprune.progress import Progress
-from edgeprune.recovery.methods.base import Attached
+from edgeprune.recovery.methods.base import Attached, whole
 from edgeprune.recovery.objective import token_losses
+from edgeprune.recovery.processes import accelerator
 from edgeprune.recovery.teacher import Targets, Teacher
 from edgeprune.recovery.text import Rows, batch_rows
 
@@ -58,6 +61,7 @@ class Training:
     patience: int = 3  # evaluations in a row without a better KL
     checkpoint_s: float = 60.0
     gradient_checkpointing: bool = False
+    shard: bool = False  # each process holds a share of weights and moments (FSDP)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,6 +111,14 @@ class _Clock:
         return self._before + time.monotonic() - self._began
 
 
+def shard_(model: Any) -> None:
+    """Leave each process a share of every parameter; layers are put together one at a time (FSDP)."""
+    mesh = init_device_mesh(next(model.parameters()).device.type, (torch.distributed.get_world_size(),))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 class Trainer:
     """Train an attached method on rows; everything it writes lies in `folder`."""
 
@@ -128,8 +140,13 @@ class Trainer:
         self.teacher, self.training, self.folder, self.progress = teacher, training, folder, progress
         self._held_targets = held_targets
         self._used_s = used_s
-        self.accelerator = Accelerator()
+        self.accelerator = accelerator()
         world = self.accelerator.num_processes
+        if training.shard and world == 1:
+            raise ConfigError(
+                "one process has nothing to share out",
+                "start with accelerate launch, or leave --recovery-shard out",
+            )
         if training.batch % world:
             raise ConfigError(
                 f"a batch of {training.batch} rows cannot be shared by {world} processes",
@@ -151,9 +168,14 @@ class Trainer:
         training, model = self.training, self.attached.model
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        self.device = self.accelerator.device
+        names = {id(p): name for name, p in model.named_parameters()}
+        if training.shard:
+            # other parameters stand under the same names afterwards
+            shard_(model.to(self.device))
         groups = [
             {
-                "params": group.params,
+                "params": [model.get_parameter(names[id(p)]) for p in group.params],
                 "lr": training.rate * group.scale,
                 "scale": group.scale,
                 "weight_decay": training.weight_decay if group.decay else 0.0,
@@ -161,13 +183,16 @@ class Trainer:
             for group in self.attached.groups()
             if group.params
         ]
-        self.device = self.accelerator.device
         self.params = [p for group in groups for p in group["params"]]
         self.model, self.optimizer = model.to(self.device), None
         if not groups:
             return
         plain = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
-        self.model, self.optimizer = self.accelerator.prepare(model, plain)
+        if training.shard:
+            # accelerate's own way to FSDP asks for GPUs; torch's works wherever there are processes
+            self.optimizer = self.accelerator.prepare(plain)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, plain)
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
@@ -209,7 +234,8 @@ class Trainer:
         parts = [own[i : i + self._micro] for i in range(0, len(own), self._micro)]
         for i, part in enumerate(parts):
             last = i + 1 == len(parts)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+            wait = contextlib.nullcontext() if last or training.shard else accelerator.no_sync(self.model)
+            with wait:
                 loss = self._losses(part).sum() / n_learned
                 # processes average their gradients; the sum over all tokens is wanted
                 accelerator.backward(loss * accelerator.num_processes)
@@ -267,13 +293,13 @@ class Trainer:
             save_file(tensors, temporary, metadata={"meta": json.dumps(meta)})
 
     def _checkpoint(self, meta: dict[str, Any]) -> None:
-        state = self.attached.state()
-        if not self.main:
-            return
-        tensors = {f"state.{name}": value for name, value in state.items()}
+        tensors = {f"state.{name}": value for name, value in self.attached.state().items()}
         for index, fields in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v.detach().cpu().contiguous() for k, v in fields.items()}
-        self._save(self._checkpoint_path, tensors, meta)
+            # every process takes part where each holds a share
+            fields = {name: whole(value).contiguous() for name, value in fields.items()}
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in fields.items()}
+        if self.main:
+            self._save(self._checkpoint_path, tensors, meta)
 
     def _resume(self) -> dict[str, Any] | None:
         """Put the last checkpoint back; returns its facts, or None when there is none."""
@@ -296,9 +322,26 @@ class Trainer:
                 f"{self._checkpoint_path} is damaged: {error}", f"delete {self.folder} and start again"
             ) from None
         self.attached.load_(state)
-        whole = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": moments, "param_groups": whole["param_groups"]})
+        self._load_moments(moments)
         return meta
+
+    def _load_moments(self, moments: dict[int, dict[str, torch.Tensor]]) -> None:
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, fields in moments.items():
+            parameter = order[index]
+            if isinstance(parameter, DTensor):
+                moments[index] = {
+                    name: (
+                        distribute_tensor(
+                            value.to(parameter.device), parameter.device_mesh, parameter.placements
+                        )
+                        if value.shape == parameter.shape
+                        else value
+                    )
+                    for name, value in fields.items()
+                }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _load_best(self) -> None:
         with safe_open(self._best_path, framework="pt") as f:
@@ -428,7 +471,9 @@ class Trainer:
             self._write_journal(journal)
 
     def _release(self) -> None:
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model = self.attached.model
+        if not self.training.shard:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self.training.gradient_checkpointing:
             model.activation_checkpointing_disable()
         model.eval()

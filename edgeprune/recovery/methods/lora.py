@@ -17,7 +17,7 @@ from edgeprune import checkpoint
 from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError, MissingExtraError
 from edgeprune.families.base import MATRICES
-from edgeprune.recovery.methods.base import Attached, Group, Method, Setting, freeze_
+from edgeprune.recovery.methods.base import Attached, Group, Method, Setting, fill_, freeze_, whole
 
 _UNIT = {"q": "kv", "k": "kv", "v": "kv", "o": "kv", "gate": "ffn", "up": "ffn", "down": "ffn"}
 
@@ -45,7 +45,7 @@ class _Adapters(Attached):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._named().items()}
+        return {name: whole(p) for name, p in self._named().items()}
 
     @torch.no_grad()
     def load_(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -53,7 +53,7 @@ class _Adapters(Attached):
         if set(named) != set(state):
             raise ConfigError("the saved recovery state belongs to another model or method")
         for name, parameter in named.items():
-            parameter.copy_(state[name])
+            fill_(parameter, state[name])
 
     def merge_(self) -> None:
         from peft.tuners.lora import LoraLayer
