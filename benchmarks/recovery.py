@@ -11,11 +11,18 @@ model and perplexity, windows of 512). 'closed' is the share of the pruned model
 gone. Rows are kept in benchmarks/results/recovery.json as they come, so a stopped run goes on where it was.
 `--split valid` reads WikiText-2 validation text, which settings may be tuned on; the test text is for
 reporting only.
+
+With --files TYPE every row is exported as well, with an importance matrix of the training text, and the
+file's own perplexity is measured in llama.cpp on the same WikiText-2 tokens: what `group` is compared by.
+
+    .venv/bin/python benchmarks/recovery.py --data ../shared/data --files Q4_1 --ratios 0.2 \
+        --rows lora full group "group minmax" "group rank 8" "group scales"
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -34,11 +41,15 @@ from metrics import wikitext
 from quality import kl, losses
 
 from edgeprune import locate, reconstruction, surgery, tokenizer
+from edgeprune.evaluation import engines, texts
+from edgeprune.evaluation.groups import Store
 from edgeprune.pipeline import parent as parents
+from edgeprune.progress import Silent
 from edgeprune.rundir import RunDir
 
 C4 = "C4"
 LM = ("--recovery-objective", "lm")
+GROUP = ("--recovery", "group", "--quantization", "Q4_1")
 ROWS: dict[str, tuple[str, ...]] = {
     "lora": ("--recovery", "lora"),
     "full": ("--recovery", "full"),
@@ -48,24 +59,30 @@ ROWS: dict[str, tuple[str, ...]] = {
     "full self": ("--recovery", "full"),
     "lora flat": ("--recovery", "lora", "--recovery-option", "more=0"),
     "full cut": ("--recovery", "full", "--recovery-option", "layers=cut"),
-    "group": ("--recovery", "group", "--quantization", "Q4_1"),
+    "group": GROUP,
+    "group minmax": (*GROUP, "--recovery-option", "init=minmax"),
+    "group rank 8": (*GROUP, "--recovery-option", "rank=8"),
+    "group scales": (*GROUP, "--recovery-option", "scales=yes"),
     "auto": ("--recovery", "auto"),
 }
 NEEDS_MINUTES = ("auto",)
+ONLY_NAMED = ("group minmax", "group rank 8", "group scales")
 
 
 class Judge:
     """Reads one folder after the other; the dense model stays."""
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self._args = args
         self._kind = torch.bfloat16 if reconstruction.half_is_fast() else torch.float32
         text = wikitext(args.data)
         if args.split == "valid":
             text = (args.data / "wikitext-2" / "wiki.valid.tokens").read_text(encoding="utf-8")
         other = (args.data / "calibration" / "exllamav2_c4.utf8").read_text(encoding="utf-8")
+        self._text = text
         self._ids = np.asarray(tokenizer.encode(folder, text), dtype=np.int32)[: args.tokens]
         self._other = np.asarray(tokenizer.encode(folder, other), dtype=np.int32)[: args.kl_tokens]
-        self._dense = surgery.load(folder, dtype=self._kind)
+        self._folder, self._dense = folder, surgery.load(folder, dtype=self._kind)
 
     def __call__(self, folder: Path | None) -> dict[str, float]:
         model = self._dense if folder is None else surgery.load(folder, dtype=self._kind)
@@ -75,6 +92,28 @@ class Judge:
                 "perplexity_c4": losses(model, self._other, 512),
                 "kl_c4": 0.0 if folder is None else kl(model, self._dense, self._other, 512),
             }
+
+    def file(self, folder: Path | None) -> dict[str, Any]:
+        """Export a folder and score the file; nothing without --files."""
+        args = self._args
+        if args.files is None:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="edgeprune-recovery-") as scratch:
+            path = Path(scratch) / "model.gguf"
+            text = str(args.data / "calibration" / "c4_demo.jsonl")
+            call(
+                edgeprune(
+                    *("export", str(folder or self._folder), "--quantization", args.files, "--no-verify"),
+                    *("--imatrix-calibration", text, "--out", str(path)),
+                )
+            )
+            engine = engines.open_engine(path, engines.Settings(threads=torch.get_num_threads()))
+            found = texts.perplexity(
+                *(engine, "wikitext2", self._text, args.split, 2048, Store(Path(scratch) / "scored.jsonl")),
+                tokens=args.tokens,
+                stage=functools.partial(Silent().stage, "score"),
+            )
+            return {"file": args.files, "file_perplexity": found.value, "file_bytes": path.stat().st_size}
 
 
 def call(command: list[str]) -> dict[str, Any]:
@@ -121,12 +160,20 @@ def recover(pruned: Path, parent: Path, out: Path, row: str, args: argparse.Name
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    files = any(r.get("file") for r in rows)
+
+    def of_file(row: dict[str, Any]) -> str:
+        return f" {row['file_perplexity']:.2f} |" if files else ""
+
     print(
-        "| ratio | recovery | tokens | seconds | peak RSS, GB | perplexity | closed | KL C4 | perplexity C4 |"
+        "| ratio | recovery | tokens | seconds | peak RSS, GB | perplexity | closed | KL C4 | perplexity C4 "
+        f"|{' file |' if files else ''}"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"|---|---|---|---|---|---|---|---|---|{'---|' if files else ''}")
     dense = next(r for r in rows if r["row"] == "dense")
-    print(f"| 0 | dense | | | | {dense['perplexity']:.2f} | | | {dense['perplexity_c4']:.2f} |")
+    print(
+        f"| 0 | dense | | | | {dense['perplexity']:.2f} | | | {dense['perplexity_c4']:.2f} |{of_file(dense)}"
+    )
     for ratio in sorted({r["ratio"] for r in rows if r["ratio"]}):
         none = next(r for r in rows if r["row"] == "none" and r["ratio"] == ratio)
         excess = none["perplexity"] - dense["perplexity"]
@@ -137,7 +184,7 @@ def show(rows: list[dict[str, Any]]) -> None:
                 spent = (f"{r['tokens']:,}", f"{r['seconds']:.0f}", f"{r['peak_rss_bytes'] / 1e9:.2f}")
             print(
                 f"| {ratio:g} | {r['row']} | {spent[0]} | {spent[1]} | {spent[2]} | {r['perplexity']:.2f} | "
-                f"{100 * closed:.0f}% | {r['kl_c4']:.4f} | {r['perplexity_c4']:.2f} |"
+                f"{100 * closed:.0f}% | {r['kl_c4']:.4f} | {r['perplexity_c4']:.2f} |{of_file(r)}"
             )
 
 
@@ -155,6 +202,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["test", "valid"], default="test")
     parser.add_argument("--more", default="", help="further options of 'edgeprune recover', in one string")
     parser.add_argument("--pruned", type=Path, help="take this pruned folder instead (one ratio)")
+    parser.add_argument("--files", metavar="TYPE", help="also export to this GGUF type and score the file")
     parser.add_argument("--table", action="store_true", help="only print the results there are")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
     args = parser.parse_args()
@@ -170,8 +218,9 @@ def main() -> None:
         "train_tokens": None if args.minutes else args.train_tokens,
         "minutes": args.minutes,
         "more": args.more,
+        "file": args.files,
     }
-    mine = lambda: [r for r in rows if all(r[k] == v for k, v in asked.items())]  # noqa: E731
+    mine = lambda: [r for r in rows if all(r.get(k) == v for k, v in asked.items())]  # noqa: E731
     if args.table:
         show(mine())
         return
@@ -184,14 +233,16 @@ def main() -> None:
         part.write_text(json.dumps({"machine": machine(), "command": command, "rows": rows}, indent=1) + "\n")
         os.replace(part, args.out)
 
-    chosen = args.rows or [r for r in ROWS if args.minutes or r not in NEEDS_MINUTES]
+    chosen = args.rows or [
+        r for r in ROWS if r not in ONLY_NAMED and (args.minutes or r not in NEEDS_MINUTES)
+    ]
     with tempfile.TemporaryDirectory(prefix="edgeprune-recovery-") as scratch:
         place = Path(scratch)
         with RunDir(place / "parent") as run:
             folder = parents.open_parent(str(locate.resolve_model(args.model)), run).folder
         judge = Judge(folder, args)
         if not any(r["row"] == "dense" for r in mine()):
-            keep({"row": "dense", "ratio": 0.0, **judge(None)})
+            keep({"row": "dense", "ratio": 0.0, **judge(None), **judge.file(None)})
         for ratio in args.ratios:
             todo = [n for n in chosen if not any((r["row"], r["ratio"]) == (n, ratio) for r in mine())]
             has_none = any((r["row"], r["ratio"]) == ("none", ratio) for r in mine())
@@ -207,11 +258,11 @@ def main() -> None:
                     )
                 )
             if not has_none:
-                keep({"row": "none", "ratio": ratio, **judge(pruned)})
+                keep({"row": "none", "ratio": ratio, **judge(pruned), **judge.file(pruned)})
             for name in todo:
                 out = place / "recovered"
                 made = recover(pruned, folder, out, name, args)
-                row = {"row": name, "ratio": ratio, **made, **judge(out)}
+                row = {"row": name, "ratio": ratio, **made, **judge(out), **judge.file(out)}
                 keep(row)
                 shutil.rmtree(out)
                 print(f"{name} {ratio}: {row['perplexity']:.2f}, {made['note']}", flush=True)
