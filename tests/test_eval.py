@@ -314,3 +314,66 @@ def test_comparing_other_items_is_refused(folder: Path) -> None:
         run.compare(one((1, 2)), one((1, 3)), seed=0)
     assert run.compare(one((1, 2)), one((1, 2)), seed=0)["tasks"][0]["metrics"]["acc"]["p_value"] == 1.0
     assert suites.find("papers").names[0] == "wikitext2"
+
+
+# ---------------------------------------------------------------- the main job
+
+
+def test_a_run_scores_what_it_selected(
+    run_cli: Callable[..., Any], folder: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    suite = suite_file(tmp_path, 'texts = ["wikitext2"]\nwindows = [32]\ntokens = 640\n')
+    out = tmp_path / "run"
+    args = ("--target", "laptop-cpu", "--model", folder, "--profile", _profile(tmp_path), "--out", out)
+    ran = run_cli(*args, "--budget", "100MB", "--eval", suite, "--eval-data", data, "--threads", "1")
+    assert ran.code == 0, ran.err
+    report = json.loads((out / "report.json").read_text())
+    found = report["benchmarks"]
+    selected = next(c for c in report["candidates"] if c["id"] == report["selected"])
+    assert found["path"] == selected["artifact"]["path"] and found["kind"] == "gguf"
+    assert found["against"]["kind"] == "torch"
+    line = f"perplexity {found['texts'][0]['value']:.2f}"
+    assert line in ran.out
+    assert line in (out / "bundle" / "README.md").read_text(encoding="utf-8")
+
+
+PROFILE = """\
+title = "a whole run in seconds"
+[workload]
+prompt_tokens = 32
+new_tokens = 16
+context_tokens = 64
+[recipe]
+metric = "magnitude"
+allocators = ["uniform"]
+calibration_samples = 2
+calibration_tokens = 32
+eval_samples = 2
+eval_tokens = 32
+formats = ["gguf"]
+quantizations = ["Q8_0"]
+ratios = [0.1]
+max_measured = 1
+[bench]
+prompt_tokens = 16
+new_tokens = 4
+repeats = 5
+"""
+
+
+def _profile(tmp_path: Path) -> Path:
+    path = tmp_path / "short.toml"
+    path.write_text(PROFILE, encoding="utf-8")
+    return path
+
+
+def test_missing_data_of_a_run_is_said_before_it_starts(
+    run_cli: Callable[..., Any], folder: Path, data: Path, tmp_path: Path
+) -> None:
+    suite = suite_file(tmp_path, 'texts = ["ptb"]\nwindows = [32]\n')
+    out = tmp_path / "run"
+    args = ("--target", "laptop-cpu", "--model", folder, "--out", out)
+    ran = run_cli(*args, "--eval", suite, "--eval-data", data)
+    assert (ran.code, out.exists()) == (2, False)
+    assert ran.err.splitlines()[0] == f"Error: {data} has no ptb/ptb.valid.txt"

@@ -20,6 +20,7 @@ from edgeprune.bundle import chat, manifest
 from edgeprune.costs.gguf_header import read_header
 from edgeprune.errors import ConfigError
 from edgeprune.records import LaunchFlags, from_plain, to_plain
+from edgeprune.report import benchmarks
 from edgeprune.report.build import launch_line, versions
 from edgeprune.units import format_bytes
 
@@ -90,6 +91,11 @@ def facts_of(report: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[st
         "measured": candidate["measured"],
         "quality": candidate["quality"],
         "dense_perplexity": report["dense_perplexity"],
+        **(
+            {"benchmarks": report["benchmarks"]}
+            if report.get("benchmarks") and candidate["id"] == report["selected"]
+            else {}
+        ),
         "verified": candidate["verify"],
         "meets": candidate["meets"],
         "flags": (candidate["measured"] or candidate["predicted"])["flags"],
@@ -337,6 +343,7 @@ def _texts(facts: Mapping[str, Any], about: _About, flags: LaunchFlags) -> dict[
         about=_about_rows(facts),
         figures=_figures(facts),
         measured_note=_measured_note(facts),
+        benchmarks=benchmarks.lines(facts["benchmarks"]) if facts.get("benchmarks") else [],
         limits=_limits(facts),
         launch=launch,
         modelfile="Modelfile" in out,

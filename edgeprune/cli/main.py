@@ -174,6 +174,18 @@ class _Verbs(click.Group):
     "--eval-text", metavar="FILE", help="Held-out text for quality. Default: sampled from the model itself."
 )
 @click.option(
+    "--eval",
+    "eval_suite",
+    metavar="papers|quick|FILE",
+    help="Score the selected file and its dense parent on this suite, see 'edgeprune eval'.",
+)
+@click.option(
+    "--eval-data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with the suite's files. Default: the hub.",
+)
+@click.option(
     "--quantization",
     "quantizations",
     multiple=True,
@@ -244,6 +256,8 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         metric_options=given["metric_options"],
         calibration=given["calibration"],
         eval_text=given["eval_text"],
+        eval_suite=given["eval_suite"],
+        eval_data=given["eval_data"],
         seed=given["seed"],
         calibration_seeds=given["calibration_seeds"],
         threads=given["threads"],
@@ -345,10 +359,15 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def _fail(problems: Sequence[str], hint: str | None, code: int) -> int:
     for problem in problems:
-        click.echo(f"Error: {problem}", err=True)
+        click.echo(f"Error: {_plain(problem)}", err=True)
     if hint:
-        click.echo(f"Hint: {hint}", err=True)
+        click.echo(f"Hint: {_plain(hint)}", err=True)
     return code
+
+
+def _plain(text: str) -> str:
+    """One line without control characters: names come from files, and a terminal obeys what it is sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _say_stopped(code: int) -> int:

@@ -312,7 +312,8 @@ class _InChild:
         def poll() -> None:
             nonlocal end
             done, end = store.count(end)
-            advance(done)
+            if done:
+                advance(done)
 
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
             given = Path(folder, "groups.jsonl")

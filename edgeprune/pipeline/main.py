@@ -20,7 +20,17 @@ from edgeprune.costs.gguf_types import check_quantization
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
-from edgeprune.pipeline import bundling, costing, device_loop, findings, light, prepare, refine, trimming
+from edgeprune.pipeline import (
+    bundling,
+    costing,
+    device_loop,
+    findings,
+    light,
+    prepare,
+    refine,
+    scoring,
+    trimming,
+)
 from edgeprune.pipeline import lane as lanes
 from edgeprune.pipeline.parent import Parent, open_parent, with_query_heads
 from edgeprune.planner import Lane
@@ -81,6 +91,8 @@ class RunOptions:
     keep_remote: bool = False
     recovery: RecoveryRecipe | None = None  # None: pruned plans are not trained
     sustained_s: float = 60.0  # of decoding on a device, behind the repeats
+    eval_suite: str | None = None  # of `edgeprune eval`, for the selected file
+    eval_data: Path | None = None
     trim_vocab: tuple[str, ...] = ()  # texts or languages whose tokens stay; empty: all stay
     trim_check: str | None = None
     query_heads: bool = False  # attention gives up query heads, not KV groups
@@ -118,7 +130,8 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, extra)
     _check_mode(target, options.mode)
-    _check_recovery(options.recovery)
+    asked = scoring.open_suite(options.eval_suite, options.eval_data)
+    options = dataclasses.replace(options, recovery=_for_one_type(options.recovery, quantizations))
     with (
         rundir.RunDir(options.out) as folder,
         device_loop.connect(
@@ -181,9 +194,17 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             chosen=chosen,
             context={**context, "target_choice": took},
         )
+        scored = scoring.of_selected(
+            *(asked, folder, parent, candidates, chosen.selected),
+            seed=options.seed,
+            threads=options.threads,
+            progress=progress,
+        )
+        if scored is not None:
+            report = {**report, "benchmarks": scored}
         report_build.write(folder, report, options.label)
-        page.write(folder.root, report, options.label)
         bundling.refresh(folder.root, report, parent.folder, options.label)
+        page.write(folder.root, report, options.label)
     if chosen.selected is None and chosen.nearest is None:
         raise StageError(chosen.headline, "report.json holds what each one said")
     if chosen.selected is None:
@@ -223,17 +244,21 @@ def _check_recipe(profile: Profile, quantizations: tuple[str, ...]) -> None:
         registry.load("exporters", name, "EXPORTER")
 
 
-def _check_recovery(asked: RecoveryRecipe | None) -> None:
+def _for_one_type(asked: RecoveryRecipe | None, quantizations: tuple[str, ...]) -> RecoveryRecipe | None:
+    """The recipe, checked; one that trains through a quantization is told which. Raises ConfigError."""
     if asked is None:
-        return
+        return None
     from edgeprune.pipeline import recovering
 
-    recovering.check_recipe(asked)
     if asked.method == "group":
-        raise ConfigError(
-            "--recovery group trains through one quantization, and this job tries several",
-            "prune, then 'edgeprune recover --recovery group --quantization TYPE'",
-        )
+        if len(quantizations) != 1:
+            raise ConfigError(
+                "--recovery group trains through one quantization, and this job tries several",
+                "name one with --quantization Q4_1",
+            )
+        asked = dataclasses.replace(asked, quantization=quantizations[0])
+    recovering.check_recipe(asked)
+    return asked
 
 
 def _check_mode(target: DeviceTarget, mode: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edgeprune.report import benchmarks
 from edgeprune.units import format_bytes
 
 _WIDTH = 120
@@ -57,6 +58,10 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
         console.print()
         console.print(_table(measured, report), soft_wrap=False)
         console.print(_footnotes(report), soft_wrap=True)
+    if report.get("benchmarks"):
+        console.print()
+        for line in benchmarks.lines(report["benchmarks"]):
+            console.print(line, soft_wrap=True)
     skipped = len(report["candidates"]) - len(measured)
     if skipped:
         console.print(
