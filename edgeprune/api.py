@@ -22,7 +22,7 @@ _DEFAULTS: Mapping[str, Any] = {
 _NAMED = frozenset(
     (
         *("target", "budget_bytes", "model", "profile", "device", "out", "file_bytes", "min_tps", "max_kl"),
-        *("seed", "threads", "max_candidates", "command"),
+        *("seed", "threads", "max_candidates", "command", "label"),
     )
 )
 # what need not be said to get the same run again

@@ -295,7 +295,7 @@ def test_a_run_that_found_nothing_has_a_page() -> None:
 def test_sections_of_later_work_appear_when_the_report_has_them() -> None:
     report = made()
     text = Tags(page.render(report)).text
-    assert "Recovery" not in text and "Tasks" not in text
+    assert "Recovery" not in text and "Texts and tasks" not in text
     report["recoveries"] = {
         "uniform-20.0": {
             **{"method": "lora", "objective": "kl", "text": "made up", "steps": 100, "tokens": 51200},
@@ -303,14 +303,28 @@ def test_sections_of_later_work_appear_when_the_report_has_them() -> None:
             **{"kl_before": 0.7, "kl_after": 0.5},
         }
     }
-    task = {"task": "piqa", "items": 200, "metrics": {"acc": {"value": 0.68, "stderr": 0.01}}}
-    text = {"text": "wikitext2", "window": 2048, "value": 24.1}
-    report["evaluations"] = [{"path": "x.gguf", "kind": "gguf", "texts": [text], "tasks": [task]}]
+    pair = {"reference": 0.7, "difference": -0.02, "low": -0.05, "high": 0.01, "p_value": 0.2}
+    report["benchmarks"] = {
+        "path": "artifacts/x.gguf",
+        "texts": [{"text": "wikitext2", "window": 2048, "tokens": 8192, "value": 24.1, "stderr": 0.5}],
+        "tasks": [
+            {
+                **{"task": "piqa", "items": 200, "of": 1838},
+                "metrics": {"acc": {"value": 0.68, "stderr": 0.03}},
+            }
+        ],
+        "against": {
+            "path": "dense",
+            "texts": [{"text": "wikitext2", "window": 2048, "reference": 21.8}],
+            "tasks": [{"task": "piqa", "metrics": {"acc": pair}}],
+        },
+    }
     text = Tags(page.render(report)).text
     assert "Recovery" in text and "uniform-20.0 lora kl 51200 1.5 0.7000 0.5000 yes so so" in text
-    assert (
-        "x.gguf wikitext2, windows of 2048: perplexity 24.1 - x.gguf piqa, 200 items: acc 0.68 0.01" in text
-    )
+    assert "wikitext2, windows of 2048 tokens: perplexity 8192 24.10±0.50 21.80 - -" in text
+    assert "piqa: acc, % 200 68.00±3.00 70.00 -2.000 points -5.000 to +1.000" in text
+    report["benchmarks"]["against"] = None
+    assert "piqa: acc, % 200 68.00±3.00 - - -" in Tags(page.render(report)).text
 
 
 def test_the_page_is_written_once_per_report(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "command": shlex.join(str(part) for part in report["command"]),
         "limits": {name: _limit(limit) for name, limit in report["budget"].items()},
         "recoveries": dict(report.get("recoveries") or {}),
-        "evaluations": _evaluations(report),
+        "benchmarks": _benchmarks(report),
         "vocabulary": report.get("vocabulary"),
         "power_modes": list(report.get("power_modes") or ()),
         "bundle": _bundle(report),
@@ -205,18 +205,29 @@ def _limit(limit: Row) -> str:
     return f"{limit['value']:g} {limit['unit']}"
 
 
-def _evaluations(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Perplexities and accuracies that 'edgeprune eval' found, one row each, where the report has any."""
+def _benchmarks(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Perplexities and accuracies of the selected file, one row each, beside the dense parent's."""
+    found = report.get("benchmarks")
+    if not found:
+        return []
+    against = found.get("against") or {}
     out = []
-    for one in report.get("evaluations") or ():
-        of = one["path"]
-        for text in one.get("texts") or ():
-            what = f"{text['text']}, windows of {text['window']}: perplexity"
-            out.append({"of": of, "what": what, "value": text["value"], "stderr": text.get("stderr")})
-        for task in one.get("tasks") or ():
-            for name, found in task["metrics"].items():
-                what = f"{task['task']}, {task['items']} items: {name}"
-                out.append({"of": of, "what": what, **found})
+    for i, text in enumerate(found["texts"]):
+        other = against["texts"][i] if against else {}
+        row = {"what": f"{text['text']}, windows of {text['window']} tokens: perplexity", "percent": False}
+        row |= {"count": text["tokens"], "value": text["value"], "stderr": text["stderr"]}
+        # a difference of log-likelihoods: the ratio of the perplexities less one
+        parts = {k: other.get(k) for k in ("nll_difference", "low", "high")}
+        row |= {"dense": other.get("reference"), "unit": "nats/token", "difference": parts["nll_difference"]}
+        out.append(row | {"low": parts["low"], "high": parts["high"]})
+    for i, task in enumerate(found["tasks"]):
+        for name, m in task["metrics"].items():
+            other = against["tasks"][i]["metrics"][name] if against else {}
+            row = {"what": f"{task['task']}: {name}, %", "percent": True, "count": task["items"]}
+            row |= {"value": 100 * m["value"], "stderr": 100 * m["stderr"], "unit": "points"}
+            paired = {k: other.get(k) for k in ("reference", "difference", "low", "high")}
+            scaled = {k: None if v is None else 100 * v for k, v in paired.items()}
+            out.append(row | {"dense": scaled.pop("reference"), **scaled})
     return out
 
 
