@@ -433,6 +433,19 @@ def test_onnx(run_cli: Callable[..., Any], tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
 
 
+def test_score_then_plan(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    scores, out = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    ran = run_cli("score", model, "--metric", "magnitude", "--query-heads", "--out", scores)
+    assert ran.code == 0, ran.err
+    ran = run_cli(
+        *("plan", model, "--scores", scores, "--ratio", "0.5", "--width-multiple", "32", "--out", out)
+    )
+    assert ran.code == 0, ran.err
+    plan = json.loads(out.read_text())
+    assert {name.split(".")[2] for name in plan["kept"]} == {"q", "ffn"}
+    assert all(layer["n_kv_heads"] == 2 and layer["n_heads"] < 8 for layer in plan["dims"]["layers"])
+
+
 def test_refusals(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     mha = tiny_llama(tmp_path / "mha", vocab=300, heads=4, kv_heads=4)
     tiny_tokenizer(mha, 300)

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from edgeprune.cli._options import calibration_options, metric_option_option, model_argument, out_option
+from edgeprune.cli._options import (
+    calibration_options,
+    metric_option_option,
+    model_argument,
+    out_option,
+    query_heads_option,
+)
 from edgeprune.cli._output import echo_json, echo_pairs, format_option, stability_pairs
 
 
@@ -14,6 +20,7 @@ from edgeprune.cli._output import echo_json, echo_pairs, format_option, stabilit
 @model_argument
 @click.option("--metric", metavar="NAME", default="llm-bip", show_default=True, help="Importance metric.")
 @metric_option_option
+@query_heads_option
 @calibration_options
 @out_option("FILE.safetensors", "Where the scores go; their record is written beside them as FILE.json.")
 @format_option
@@ -21,6 +28,7 @@ def command(
     model: str | None,
     metric: str,
     metric_options: dict[str, str],
+    query_heads: bool,
     calibration: str | None,
     samples: int,
     length: int,
@@ -48,6 +56,7 @@ def command(
             on=stages.Calibration(
                 text=calibration, n_samples=samples, n_tokens=length, seed=seed, n_seeds=calibration_seeds
             ),
+            query_heads=query_heads,
             progress=progress,
         )
     if form == "json":

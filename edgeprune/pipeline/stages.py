@@ -156,6 +156,7 @@ def score(
     metric_name: str,
     metric_options: Mapping[str, str],
     on: Calibration,
+    query_heads: bool = False,
     progress: Progress,
 ) -> light.ScoreFile:
     """Score a model and write `out` (arrays by axis) and its record beside it.
@@ -170,6 +171,8 @@ def score(
     metric, options = prepare.load_metric(metric_name, metric_options)
     with scratch(out) as run:
         parent = open_parent(model, run)
+        if query_heads:
+            parent = with_query_heads(parent, metric, options)
         options = prepare.dense_options(metric, options, progress)
         tokens, record, _ = _scores(run, parent, metric, options, on, progress)
         made = light.ScoreFile(
