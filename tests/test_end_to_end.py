@@ -267,6 +267,13 @@ def test_a_board_that_is_not_here(run_cli: Callable[..., Any], place: Path, tmp_
             < c["predicted"]["decode_tps_high"]
         )
         assert "not the target" in c["measured"]["on"]
+    modes = {m["mode"]: m for m in report["power_modes"]}
+    assert set(modes) == {m["name"] for m in report["target"]["power_modes"]}
+    now = report["target"]["default_mode"]
+    assert [name for name, m in modes.items() if m["current"]] == [now]
+    chosen = by_id(report, report["selected"])["predicted"]
+    assert modes[now]["decode_tps"] == pytest.approx(chosen["decode_tps"])
+    assert (tmp_path / "run" / "report.html").stat().st_size < 2_000_000
     table = run_cli(*args, "--format", "table").out
     assert f"speed on {report['target']['name']} is predicted" in table
     assert "memory was measured on this machine" in table
