@@ -53,9 +53,13 @@ GROUP = ("--recovery", "group", "--quantization", "Q4_1")
 ROWS: dict[str, tuple[str, ...]] = {
     "lora": ("--recovery", "lora"),
     "full": ("--recovery", "full"),
+    "lora kl": ("--recovery", "lora", "--recovery-mix", "1"),
+    "full kl": ("--recovery", "full", "--recovery-mix", "1"),
     "lora lm": ("--recovery", "lora", *LM),
     "full lm": ("--recovery", "full", *LM),
     "lora self": ("--recovery", "lora"),
+    "lora kl self": ("--recovery", "lora", "--recovery-mix", "1"),
+    "lora lm self": ("--recovery", "lora", *LM),
     "full self": ("--recovery", "full"),
     "lora flat": ("--recovery", "lora", "--recovery-option", "more=0"),
     "full cut": ("--recovery", "full", "--recovery-option", "layers=cut"),

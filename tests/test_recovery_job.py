@@ -40,6 +40,7 @@ new_tokens = 8
 repeats = 1
 """
 RECOVERY = (
+    *("--recovery-mix", "1"),
     *("--recovery", "full", "--recovery-tokens", "4096", "--recovery-length", "32"),
     *("--recovery-samples", "48", "--recovery-rate", "1e-3"),
 )

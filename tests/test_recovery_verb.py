@@ -23,7 +23,16 @@ from edgeprune.recovery import text
 from tests import builders
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ("--recovery-length", "16", "--recovery-samples", "32", "--recovery-rate", "1e-3")
+SHORT = (
+    "--recovery-mix",
+    "1",
+    "--recovery-length",
+    "16",
+    "--recovery-samples",
+    "32",
+    "--recovery-rate",
+    "1e-3",
+)
 
 
 @pytest.fixture(scope="module")

@@ -394,6 +394,7 @@ def describe(result: RecoveryResult) -> dict[str, object]:
     """What is printed and reported of a recovery."""
     return {
         "method": result.method,
+        "quantization": result.quantization,
         "objective": result.objective,
         "text": result.text,
         "steps": result.steps,

@@ -20,6 +20,7 @@ class RecoveryRecipe:
     method: str
     options: dict[str, str] = field(default_factory=dict)
     objective: str = "distill"
+    mix: float = 0.5  # share of the KL in 'distill'; the rest is the plain loss on the text
     minutes: float | None = None  # of wall time, writing the text included
     tokens: int | None = None  # of training
     data: str | None = None  # file or data set; None: written by the parent

@@ -29,8 +29,6 @@ from edgeprune.recovery.teacher import TOP, Cache, Targets, Teacher
 from edgeprune.recovery.text import Rows
 from edgeprune.recovery.train import Trained, Trainer, Training, shard_
 
-# share of the KL in the objective; the rest is the plain loss on the text
-DISTILL = 1.0
 INPUT_ROWS = 16  # that say how large the inputs of each matrix are
 ROUNDS = (0.05, 0.1)  # of auto: share of the time for each candidate that is left
 
@@ -144,7 +142,7 @@ class _Bench:
             steps=steps,
             seconds=seconds,
             seed=recipe.seed,
-            distill=DISTILL if recipe.objective == "distill" else 0.0,
+            distill=recipe.mix if recipe.objective == "distill" else 0.0,
             half=self.half,
             gradient_checkpointing=recipe.gradient_checkpointing,
             checkpoint_s=recipe.checkpoint_s,

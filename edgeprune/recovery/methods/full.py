@@ -45,7 +45,7 @@ METHOD = Method(
     summary="all matrices of the decoder layers",
     reference="-",
     attach=attach,
-    rate=1e-4,
+    rate=2e-4,
     switches={"layers": "all", "embeddings": "no"},
     choices={"layers": ("all", "cut"), "embeddings": ("no", "yes")},
 )

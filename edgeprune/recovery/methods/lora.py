@@ -119,7 +119,7 @@ METHOD = Method(
     summary="low-rank adapters on every matrix, larger where more was cut; merged at the end",
     reference="arXiv:2106.09685",
     attach=attach,
-    rate=1e-3,
+    rate=2e-3,
     ranges={"rank": (1, 4096), "alpha": (0.01, 1000), "more": (0, 16), "dropout": (0, 0.9)},
     switches={"rank": "16", "alpha": "2", "more": "1", "dropout": "0"},
 )
