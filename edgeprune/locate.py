@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+import math
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,14 @@ _TEXT_PREFIXES = (
 )
 _MOST_JSON_BYTES = 64 << 20
 _MOST_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
+# bits of an item, by the names that safetensors gives to types
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
 
 
 def default_model() -> Path:
@@ -90,13 +100,33 @@ def hub_reason(error: BaseException) -> str:
     return f"{text.splitlines()[0] if text else type(error).__name__:.200}"
 
 
+def file_size(path: Path) -> int:
+    """Bytes of a plain file. Raises ConfigError for anything else: a pipe would hang, a device never ends."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path} is not a plain file")
+    return found.st_size
+
+
+def read_text(path: Path) -> str:
+    """A small text file. Raises ConfigError when it is missing, no plain file, huge or not UTF-8."""
+    if file_size(path) > _MOST_JSON_BYTES:
+        raise ConfigError(f"{path} has more than {_MOST_JSON_BYTES >> 20} MiB", "is this the right file?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError when the file is missing, huge, damaged or not an object."""
+    text = read_text(path)
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ConfigError(f"{path} has more than {_MOST_JSON_BYTES >> 20} MiB", "is this the right file?")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} does not hold a JSON object")
@@ -126,14 +156,15 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if index.is_symlink() or index.exists():
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ConfigError(f"{index} has no 'weight_map'")
         out = {}
         shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
         for tensor, name in table.items():
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+            if not plain or not name.endswith(".safetensors"):
                 raise ConfigError(f"{index}: shard name {name!r:.80} is not a plain .safetensors file name")
             path = folder / name
             if path not in shapes:
@@ -153,40 +184,83 @@ def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
                 "save the model as safetensors first: model.save_pretrained(folder, safe_serialization=True)",
             )
         raise ConfigError(f"{folder} holds no .safetensors file", "is the download complete?")
-    return {n: (path, shape) for path in shards for n, shape in safetensors_shapes(path).items()}
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in shards:
+        for tensor, shape in safetensors_shapes(path).items():
+            if tensor in found:
+                raise ConfigError(
+                    f"{folder}: tensor {tensor} is in {path.name} and in {found[tensor][0].name}",
+                    "remove the files that do not belong to the model",
+                )
+            found[tensor] = (path, shape)
+    return found
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise _Damaged(f"'{name:.80}' appears twice in its header")
+        out[name] = value
+    return out
+
+
+class _Damaged(Exception):
+    """What is wrong with a header."""
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one file; its header must account for every byte. Raises ConfigError."""
-
-    def damaged(why: str) -> ConfigError:
-        return ConfigError(f"{path} is damaged or truncated: {why}", "download it again")
-
     try:
+        size = file_size(path)
         with path.open("rb") as f:
-            size = path.stat().st_size
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
-                raise damaged(f"{size} bytes do not hold its header")
-            header = json.loads(f.read(length))
+                raise _Damaged(f"{size} bytes do not hold its header")
+            try:
+                header = json.loads(f.read(length), object_pairs_hook=_once)
+            except (ValueError, RecursionError):
+                raise _Damaged("its header is not JSON") from None
+        return _shapes(header, size - 8 - length, size)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise damaged("its header is not JSON") from None
-    end = 0
+    except _Damaged as why:
+        raise ConfigError(f"{path} is damaged or truncated: {why}", "download it again") from None
+
+
+def _shapes(header: Any, n_bytes: int, size: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor lies behind the one before it and is as long as its shape and type say."""
+    none = _Damaged("its header does not describe tensors")
+    if not isinstance(header, dict):
+        raise none
     out: dict[str, tuple[int, ...]] = {}
-    try:
-        for name, entry in header.items():
-            if name != "__metadata__":
-                out[name] = tuple(int(n) for n in entry["shape"])
-                end = max(end, int(entry["data_offsets"][1]))
-                if min(0, *out[name], *map(int, entry["data_offsets"])) < 0:
-                    raise ValueError(name)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        raise damaged("its header does not describe tensors") from None
-    if size != 8 + length + end:
-        raise damaged(f"it has {size} bytes, its header says {8 + length + end}")
+    spans: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape, span = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (0, 0)
+        if not (_whole(shape) and _whole(span) and len(span) == 2):
+            raise none
+        bits = _BITS.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else None
+        if bits is None:
+            raise _Damaged(f"tensor '{name:.80}' has the type {entry.get('dtype')!r:.20}")
+        if 8 * (span[1] - span[0]) != math.prod(shape) * bits:
+            raise _Damaged(f"tensor '{name:.80}' does not fill its {span[1] - span[0]:.3g} bytes")
+        out[name] = tuple(shape)
+        spans.append((span[0], span[1]))
+    end = max((stop for _, stop in spans), default=0)
+    if n_bytes != end:
+        raise _Damaged(f"it has {size} bytes, its header says {size - n_bytes + end}")
+    at = 0
+    for start, stop in sorted(spans):
+        if start != at:
+            raise _Damaged("its tensors overlap or leave a hole")
+        at = stop
     return out
+
+
+def _whole(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
 
 
 def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], graph: ModelGraph) -> None:

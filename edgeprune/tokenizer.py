@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from edgeprune import rundir
+from edgeprune import locate, rundir
 from edgeprune.costs.gguf_header import KeyValue
 from edgeprune.errors import ConfigError, MissingExtraError, UnsupportedModelError
 from edgeprune.families.base import text_config
@@ -102,13 +102,7 @@ def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
 def _read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
     if not needed and not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a table")
-    return data
+    return locate.read_json(path)
 
 
 def _parts(step: Any, key: str) -> list[dict[str, Any]]:
@@ -374,7 +368,7 @@ def _wrapping(root: Path, found: Mapping[str, int]) -> tuple[bool, bool]:
 
 def _chat_template(root: Path, settings: dict[str, Any]) -> list[KeyValue]:
     path = root / "chat_template.jinja"
-    template: Any = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    template: Any = locate.read_text(path) if path.is_file() else settings.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")

@@ -5,6 +5,7 @@ Layout: ggml's `docs/gguf.md`. Standard library only, so that the planner can co
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -229,4 +230,8 @@ def _read_header(cursor: _Cursor) -> Header:
         if offset % alignment or start + offset + n_bytes > cursor.end:
             raise cursor.fail(f"tensor '{name}' lies beyond the end of the file")
         tensors.append(TensorInfo(name, dims, kind, start + offset, n_bytes))
+    ordered = sorted(tensors, key=lambda t: t.offset)
+    for one, other in itertools.pairwise(ordered):
+        if one.offset + one.n_bytes > other.offset:
+            raise cursor.fail(f"tensors '{one.name}' and '{other.name}' overlap")
     return Header(tuple(metadata.values()), tuple(tensors), start, cursor.end)

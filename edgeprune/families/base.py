@@ -362,7 +362,11 @@ def config_layers(config: dict[str, Any], n_layers: int, dense: LayerShape) -> t
     good = isinstance(rows, list) and len(rows) == n_layers
     layers = []
     for row in rows if good else ():
-        if not (isinstance(row, list) and len(row) == 3 and all(type(v) is int and v >= 0 for v in row)):
+        if not (
+            isinstance(row, list)
+            and len(row) == 3
+            and all(type(v) is int and 0 <= v <= _MOST_WIDTH for v in row)
+        ):
             good = False
             break
         layers.append(LayerShape(n_heads=row[0], n_kv_heads=row[1], n_ff=row[2]))
