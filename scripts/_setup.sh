@@ -159,7 +159,7 @@ ensure() { # run | dev
     fi
     if [[ "$1" == dev ]] && ! stamp_is_current dev; then
         say "adding the developer tools and the ONNX libraries"
-        pip_install -e "$ROOT[$EXTRAS,onnx,dev]" || refuse "the developer tools could not be installed" "see above"
+        pip_install -e "$ROOT[$EXTRAS,onnx,eval,dev]" || refuse "the developer tools could not be installed" "see above"
         write_stamp dev
     fi
     exec 9>&-
