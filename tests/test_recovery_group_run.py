@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 import torch
-from builders import tiny_family, tiny_tokenizer
+from builders import tiny_family, tiny_model_with_tokenizer, tiny_tokenizer
+from safetensors.torch import load_file
 
 from edgeprune import checkpoint, graph
 from edgeprune.errors import ConfigError
@@ -25,6 +29,28 @@ from edgeprune.recovery.recipe import RecoveryRecipe
 from edgeprune.recovery.text import plain_rows, split
 
 VOCAB, LENGTH = 300, 24
+PROFILE = """\
+title = "a whole run in seconds"
+[workload]
+prompt_tokens = 64
+new_tokens = 32
+context_tokens = 128
+[recipe]
+metric = "llm-bip"
+allocators = ["uniform"]
+calibration_samples = 4
+calibration_tokens = 64
+eval_samples = 4
+eval_tokens = 64
+formats = ["gguf"]
+quantizations = ["Q4_0"]
+ratios = [0.25]
+max_measured = 2
+[bench]
+prompt_tokens = 32
+new_tokens = 8
+repeats = 1
+"""
 
 
 def recipe(**over: object) -> RecoveryRecipe:
@@ -33,6 +59,7 @@ def recipe(**over: object) -> RecoveryRecipe:
         "quantization": "Q4_1",
         "tokens": 24 * 8 * LENGTH,
         "rate": 0.05,
+        "mix": 1.0,  # the text is random, only the parent has something to teach
         "length": LENGTH,
         "seed": 5,
     }
@@ -143,3 +170,61 @@ def test_a_type_without_minima_is_refused_by_the_verb(tmp_path: Path) -> None:
         "recovery method 'group' cannot tune Q4_0: its blocks have no minimum of their own"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_main_job_ships_the_tuned_blocks(run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    """`--recovery group --quantization Q4_1`: the pruned candidate's file holds the recovered weights."""
+    parent = tiny_model_with_tokenizer(
+        tmp_path / "tiny", hidden=128, heads=4, kv_heads=2, ff=256, layers=2, vocab=VOCAB
+    )
+    (tmp_path / "p.toml").write_text(PROFILE)
+    out = tmp_path / "run"
+    ran = run_cli(
+        *("--target", "laptop-cpu", "--profile", tmp_path / "p.toml", "--model", parent, "--out", out),
+        *(
+            "--quantization",
+            "Q4_1",
+            "--recovery",
+            "group",
+            "--recovery-tokens",
+            "6144",
+            "--recovery-rate",
+            0.05,
+        ),
+        *("--recovery-length", "32", "--recovery-samples", "48"),
+    )
+    assert ran.code == 0, ran.err
+    report = json.loads((out / "report.json").read_text())
+    (recovered,) = report["recoveries"].values()
+    assert recovered["quantization"] == "Q4_1"
+    assert recovered["kept"]
+    (weights,) = (out / "arrays").glob("recovered-*.safetensors")
+    tuned = load_file(weights)
+    (path,) = [p for p in (out / "artifacts").glob("*-Q4_1.gguf") if not p.name.startswith("dense")]
+    file = GgufSource(path)
+    equal = [n for n, value in tuned.items() if np.array_equal(file.tensor(n), value.numpy())]
+    assert sorted(equal) == sorted(tuned)
+    assert {file.types[n] for n in tuned} == {"Q4_1", "Q8_0"}
+
+
+def test_the_main_job_wants_one_type(run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    ran = run_cli(
+        *("--target", "laptop-cpu", "--out", tmp_path / "run", "--recovery", "group"),
+        *("--quantization", "Q4_1", "--quantization", "Q4_0"),
+    )
+    assert ran.code == 2
+    assert "--recovery group trains through one quantization, and this job tries several" in ran.err
+    ran = run_cli(
+        *(
+            "--target",
+            "laptop-cpu",
+            "--out",
+            tmp_path / "run",
+            "--recovery",
+            "group",
+            "--quantization",
+            "Q8_0",
+        )
+    )
+    assert ran.code == 2
+    assert "recovery method 'group' cannot tune Q8_0: its blocks have no minimum of their own" in ran.err

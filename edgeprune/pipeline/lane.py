@@ -113,6 +113,7 @@ class Workshop:
             name=self.parent.name,
             license_name=self.parent.license_name,
             master=master,
+            packed=getattr(source, "packed", None),
         )
 
     def artifact(self, plan: PrunePlan, quantization: str) -> Artifact:

@@ -116,7 +116,7 @@ def quantize(
     Args:
         init: 'minmax': d = (max - min) / (2^b - 1) and m = min; 'least-squares': the d and m with the least
             squared error among a few starts, never worse than 'minmax'.
-        importance: weight of each column's error, [in]; least squares only.
+        importance: weight of each column's error, [in]; least squares only. Larger weights then count more.
 
     Raises StageError for values that are not finite or beyond half floats.
     """
@@ -142,7 +142,7 @@ def quantize(
             largest = float(values.abs().max())
             raise StageError(f"tensor {name} holds {largest:.3g}, beyond the half floats of {type_name}")
         if init == "least-squares":
-            found = _least_squares(values, levels, per, found)
+            found = _least_squares(values, levels, error_weights(values, per), found)
         parts.append(found)
     codes, scale, minimum = (torch.cat(column) for column in zip(*parts, strict=True))
     return Quantized(type_name, codes.to(torch.uint8), scale, minimum)
@@ -163,9 +163,16 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, lev
     return ((values - minimum[..., None]) * inverse[..., None]).round_().clamp_(0, levels)
 
 
-def _least_squares(values: torch.Tensor, levels: int, per: torch.Tensor | None, start: _Found) -> _Found:
+def error_weights(values: torch.Tensor, per: torch.Tensor | None) -> torch.Tensor:
+    """What the squared error of each value counts; `per` is the importance of the columns, [K, 32]."""
+    if per is None:
+        return torch.ones_like(values)
+    # large weights count more, as in llama.cpp's own choice with an importance matrix
+    return per * (values.square() + values.square().mean((-1, -2), keepdim=True)).sqrt()
+
+
+def _least_squares(values: torch.Tensor, levels: int, weight: torch.Tensor, start: _Found) -> _Found:
     """Alternate codes and the closed form of d and m from several starts; the best rounded one per group."""
-    weight = torch.ones(values.shape[-2:], device=values.device) if per is None else per
     total = weight.sum(-1)
     best = start
     least = _error(values, weight, start)
