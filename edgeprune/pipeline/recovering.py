@@ -338,6 +338,10 @@ def prune_and_recover(
     out = out.absolute()
     check_out(out, model)
     check_recipe(recipe)
+    if state().num_processes > 1:
+        raise ConfigError(
+            "prune runs on one process", "prune first, then start 'edgeprune recover' on several"
+        )
     staged = out.with_name(out.name + ".pruned")
     key = make_key("staged", {k: str(v) for k, v in asked.items() if k != "form"}, edgeprune.__version__)
     facts = staged / "edgeprune_staged.json"
