@@ -603,6 +603,31 @@ class _Meter:
         return None, None
 
 
+def llama_bench_rows(raw, prompt=True):
+    """Rows (prompt, generation) of llama-bench's JSON; fields by name, for they change between builds."""
+
+    def samples(row):
+        values = row.get("samples_ns")
+        return isinstance(values, list) and values and all(type(v) is int and v > 0 for v in values)
+
+    def count(row, name):
+        return row[name] if type(row.get(name)) is int else -1
+
+    try:
+        found = json.loads(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        found = None
+    rows = [r for r in found if isinstance(r, dict) and samples(r)] if isinstance(found, list) else []
+    pp = next((r for r in rows if count(r, "n_prompt") > 0 and count(r, "n_gen") == 0), None)
+    tg = next((r for r in rows if count(r, "n_prompt") == 0 and count(r, "n_gen") > 0), None)
+    if tg is None or (prompt and pp is None):
+        raise JobError("crashed", "llama-bench printed no times: " + raw[:200].decode("utf-8", "replace"))
+    for name in ("n_threads", "n_batch", "model_size", "model_n_params"):
+        if name in tg and count(tg, name) < 0:
+            raise JobError("crashed", f"llama-bench printed {name} {str(tg[name])[:60]!r}")
+    return pp, tg
+
+
 def _with_llama_bench(job):
     flags, program = job["flags"], job["llama_bench"]
     threads = job.get("threads") or _threads()
@@ -621,13 +646,15 @@ def _with_llama_bench(job):
         if done.returncode:
             tail = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
             raise JobError("crashed", f"llama-bench ended with {done.returncode}: {' | '.join(tail)}")
-        return json.loads(done.stdout.decode())
+        return done.stdout
 
-    # fields by name: they change between builds
-    rows = run(job["n_prompt"], job["n_gen"], job["repeats"])
-    pp = next(r for r in rows if r["n_prompt"] > 0 and r["n_gen"] == 0)
-    tg = next(r for r in rows if r["n_prompt"] == 0 and r["n_gen"] > 0)
-    sustained = _sustained(job, lambda: run(0, job["n_gen"], 1)[0]["samples_ns"][0] / 1e9)
+    pp, tg = llama_bench_rows(run(job["n_prompt"], job["n_gen"], job["repeats"]))
+
+    def step():
+        _, row = llama_bench_rows(run(0, job["n_gen"], 1), prompt=False)
+        return row["samples_ns"][0] / 1e9
+
+    sustained = _sustained(job, step)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

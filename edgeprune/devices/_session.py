@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgeprune.devices._answers import checked
 from edgeprune.devices.base import Transport
 from edgeprune.errors import ConfigError, DeviceError
 
@@ -30,6 +31,10 @@ AGENT = Path(__file__).with_name("_agent.py")
 _MARK = "EDGEPRUNE "
 _BEAT_S = 5.0
 _CHUNK = 1 << 18
+_MOST_LINE = 8 << 20  # bytes; a sustained run of an hour is a tenth of it
+_MOST_LINES = 16  # waiting to be read
+_MOST_OUTPUT = 1 << 20  # bytes of a short command
+_PATIENCE_S = 3600.0  # for the digest of a large file on a slow card
 # kinds after which the same step may work again
 _PASSING = ("lost", "damaged")
 _ARCH = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -184,7 +189,7 @@ class Session:
                 stderr=errors,
             )
             try:
-                out, _ = process.communicate(stdin, timeout=timeout_s)
+                out = _exchange(process, stdin, timeout_s)
             except subprocess.TimeoutExpired:
                 raise DeviceError("lost", f"{self.transport.address} does not answer") from None
             finally:
@@ -222,14 +227,15 @@ class Session:
                 self._agent("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             )
             try:
-                answer = self._converse(process, json.dumps(job).encode() + b"\n")
+                patience = float(job.get("timeout_s", 0.0)) + _PATIENCE_S
+                answer = self._converse(process, json.dumps(job).encode() + b"\n", patience)
             finally:
                 _end(process)
             if answer is None:
                 raise self._silent(process.returncode, _tail(errors))
         if "error" in answer:
-            raise DeviceError(answer["kind"], f"{self.transport.address}: {answer['error']}")
-        return answer["ok"]
+            raise DeviceError(f"{answer.get('kind')}", f"{self.transport.address}: {answer['error']!s:.500}")
+        return checked(job["job"], answer["ok"], self.transport.address)
 
     def _silent(self, code: int | None, words: str) -> DeviceError:
         """Why an agent went without an answer; a signal from outside is no answer either."""
@@ -240,20 +246,46 @@ class Session:
             return DeviceError("lost", f"{self.transport.address}: the connection was lost")
         return found
 
-    def _converse(self, process: subprocess.Popen[bytes], first: bytes) -> dict[str, Any] | None:
-        lines: queue.Queue[bytes | None] = queue.Queue()
+    def _converse(
+        self, process: subprocess.Popen[bytes], first: bytes, patience_s: float = _PATIENCE_S
+    ) -> dict[str, Any] | None:
+        # both ends of the queue are bounded: a board that never stops talking fills no memory
+        lines: queue.Queue[bytes | None] = queue.Queue(_MOST_LINES)
+        over = threading.Event()
+
+        def put(line: bytes | None) -> None:
+            while not over.is_set():
+                with contextlib.suppress(queue.Full):
+                    return lines.put(line, timeout=1.0)
 
         def listen() -> None:
             assert process.stdout is not None
-            for line in process.stdout:
-                lines.put(line)
-            lines.put(None)
+            with contextlib.suppress(OSError, ValueError):  # closed from our side
+                while not over.is_set() and (line := process.stdout.readline(_MOST_LINE)):
+                    put(line)
+            put(None)
 
         threading.Thread(target=listen, daemon=True).start()
+        try:
+            return self._listen(process, lines, first, patience_s)
+        finally:
+            over.set()
+
+    def _listen(
+        self,
+        process: subprocess.Popen[bytes],
+        lines: queue.Queue[bytes | None],
+        first: bytes,
+        patience_s: float,
+    ) -> dict[str, Any] | None:
         assert process.stdin is not None
         message, beaten, heard = first, 0.0, time.monotonic()
+        until = heard + patience_s
         while True:
             now = time.monotonic()
+            if now > until:
+                process.kill()
+                raise DeviceError("hung", f"{self.transport.address}: no answer within {patience_s:.0f} s")
             if message or now - beaten > _BEAT_S:
                 try:
                     process.stdin.write(message or b"\n")
@@ -271,13 +303,9 @@ class Session:
             if line is None:
                 return None
             heard = time.monotonic()
-            text = line.decode("utf-8", "replace")
-            if not text.startswith(_MARK) or not text.endswith("\n"):
-                continue
-            with contextlib.suppress(ValueError):
-                answer = json.loads(text[len(_MARK) :])
-                if "ok" in answer or "error" in answer:
-                    return dict(answer)
+            answer = answer_of(line)
+            if answer is not None:
+                return answer
 
     # ------------------------------------------------ copies
 
@@ -346,9 +374,36 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def answer_of(line: bytes) -> dict[str, Any] | None:
+    """The answer in one line of output; None for heartbeats, login messages and halves of lines."""
+    text = line.decode("utf-8", "replace")
+    if not text.startswith(_MARK) or not text.endswith("\n"):
+        return None
+    try:
+        answer = json.loads(text[len(_MARK) :])
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) and ("ok" in answer or "error" in answer) else None
+
+
+def _exchange(process: subprocess.Popen[bytes], stdin: bytes, timeout_s: float) -> bytes:
+    """Give it `stdin` and return its output; more than _MOST_OUTPUT is not waited for."""
+    assert process.stdin is not None and process.stdout is not None
+    held: list[bytes] = []
+    source = process.stdout
+    reader = threading.Thread(target=lambda: held.append(source.read(_MOST_OUTPUT)), daemon=True)
+    reader.start()
+    with contextlib.suppress(OSError):  # the exit code says what happened
+        process.stdin.write(stdin)
+        process.stdin.close()
+    process.wait(timeout=timeout_s)
+    reader.join(timeout=5)
+    return held[0] if held else b""
+
+
 def _tail(errors: Any) -> str:
-    errors.seek(0)
-    lines = [x.strip() for x in errors.read()[-4096:].decode("utf-8", "replace").splitlines()]
+    errors.seek(max(0, errors.seek(0, 2) - 4096))
+    lines = [x.strip() for x in errors.read().decode("utf-8", "replace").splitlines()]
     return " | ".join([x for x in lines if x and not x.startswith("Warning: Permanently added")][-2:])
 
 
