@@ -313,6 +313,9 @@ def choose(
     return Choice(tuple(sorted(kept)), why)
 
 
+_MOST_TOKENS = 1 << 24  # ten times the largest vocabulary
+
+
 def write_runs(ids: Sequence[int]) -> str:
     """Sorted ids as runs: '0-16,20,22-40'."""
     runs: list[list[int]] = []
@@ -330,8 +333,11 @@ def read_runs(runs: str) -> tuple[int, ...]:
     try:
         for run in runs.split(",") if runs else ():
             first, _, last = run.partition("-")
-            out += range(int(first), int(last or first) + 1)
-    except ValueError:
+            span = range(int(first), int(last or first) + 1)
+            if len(out) + len(span) > _MOST_TOKENS or span.start < 0:
+                raise ValueError(run)
+            out += span
+    except (ValueError, OverflowError):  # OverflowError: len of a range beyond 64 bits
         raise ConfigError(f"token ids {runs!r:.40} are not written as 0-16,20") from None
     return tuple(out)
 
