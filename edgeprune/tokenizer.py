@@ -565,5 +565,5 @@ def encode(folder: str | Path, text: str, *, add_special: bool = False) -> list[
     root = Path(folder)
     if (root / "tokenizer.json").is_file():
         return list(load(root / "tokenizer.json").encode(text, add_special_tokens=add_special).ids)
-    auto = _library("transformers", "torch").AutoTokenizer.from_pretrained(str(root))
+    auto = _library("transformers", "torch").AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
     return list(auto(text, add_special_tokens=add_special)["input_ids"])

@@ -107,7 +107,9 @@ class _HubTokenizer:
         except ImportError:
             raise MissingExtraError("transformers", "torch") from None
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder))
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False
+            )
         except Exception as error:  # any damage has the same remedy
             raise ConfigError(
                 f"{folder} has no tokenizer that can be read: {error!s:.120}", "is the folder complete?"

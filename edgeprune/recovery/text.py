@@ -50,7 +50,7 @@ class Chat:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         self.templated = bool(self._tokenizer.chat_template)
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
