@@ -238,7 +238,10 @@ def _shapes(header: Any, n_bytes: int, size: int) -> dict[str, tuple[int, ...]]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        shape, span = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (0, 0)
+        if not isinstance(entry, dict):
+            raise none
+        shape: Any = entry.get("shape")
+        span: Any = entry.get("data_offsets")
         if not (_whole(shape) and _whole(span) and len(span) == 2):
             raise none
         bits = _BITS.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else None
