@@ -244,9 +244,10 @@ def _shapes(header: Any, n_bytes: int, size: int) -> dict[str, tuple[int, ...]]:
         span: Any = entry.get("data_offsets")
         if not (_whole(shape) and _whole(span) and len(span) == 2):
             raise none
-        bits = _BITS.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else None
+        dtype: Any = entry.get("dtype")
+        bits = _BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
-            raise _Damaged(f"tensor '{name:.80}' has the type {entry.get('dtype')!r:.20}")
+            raise _Damaged(f"tensor '{name:.80}' has the type {dtype!r:.20}")
         if 8 * (span[1] - span[0]) != math.prod(shape) * bits:
             raise _Damaged(f"tensor '{name:.80}' does not fill its {span[1] - span[0]:.3g} bytes")
         out[name] = tuple(shape)

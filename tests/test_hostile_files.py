@@ -718,6 +718,7 @@ FILES: dict[str, Case] = {
         "schema 0, this edgeprune reads",
     ),
     "target of brackets": (board("a = " + "[" * 10**5), 2, "board.toml: not valid TOML"),
+    "target with a number of 5,000 digits": (board("a = " + "9" * 5000), 2, "board.toml: not valid TOML"),
     "target of 2 MB": (board("#" * (2 << 20)), 2, "board.toml: too large for a data file"),
     "target that is no text": (board(b"title = '\xff'"), 2, "board.toml: not UTF-8 text"),
     "target with a key that steers": (board('"\\u001b[2J" = 1'), 2, r"unknown key '\\x1b\[2J'"),

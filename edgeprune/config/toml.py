@@ -104,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{shown}: cannot be read: {error.strerror}") from None
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits
         raise ConfigError(f"{shown}: not valid TOML: {error}") from None
 
 
