@@ -496,6 +496,26 @@ def test_asked_to_stop(
     assert scrap(run) == []
 
 
+@linux
+def test_ctrl_c_twice(place: Path, tmp_path: Path, running: list[subprocess.Popen[str]]) -> None:
+    """The second ends the program at once, whatever it is busy with; no process of it stays."""
+    mark, run = uuid.uuid4().hex, tmp_path / "run"
+    process = start(command(place, run), **{MARK: mark})
+    running.append(process)
+    assert until(lambda: any(e["stage"].startswith("verify") for e in events(run)))
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    # the two may arrive as one
+    assert process.returncode in (130, -signal.SIGINT) and out == ""
+    assert "Traceback" not in err
+    assert not (run / "report.json").exists()
+    assert until(lambda: not marked(mark), 10)
+    # what is left can be read by the next run: whole records, or none
+    for path in (run / "records").glob("*.json"):
+        assert json.loads(path.read_text())["kind"]
+
+
 def test_two_runs_in_one_folder(
     run_cli: Callable[..., Any], place: Path, tmp_path: Path, running: list[subprocess.Popen[str]]
 ) -> None:
