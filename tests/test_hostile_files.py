@@ -711,6 +711,16 @@ FILES: dict[str, Case] = {
         2,
         "a.bin: its sha256 is not the listed one",
     ),
+    "manifest with half a character": (
+        lambda at: (
+            args := row()(at),
+            (args[1] / "manifest.json").write_text(
+                (args[1] / "manifest.json").read_text().replace("a.bin", "a\\udcff")
+            ),
+        )[0],
+        2,
+        "manifest.json: changed since it was written",
+    ),
     "manifest with sizes of text": (row(bytes="4"), 2, "an entry of 'files' is no file"),
     "manifest of an older schema": (
         bundle(lambda m: m.update(schema=0)),

@@ -105,7 +105,7 @@ def name_problem(name: Any) -> str | None:
     """Why a name of a manifest must not be looked at, or None. Only plain relative POSIX paths pass."""
     if not isinstance(name, str) or not name:
         return "is no file name"
-    if "\\" in name or any(ord(c) < 32 for c in name):
+    if "\\" in name or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
         return "has a character that no file of a bundle has"
     if name.startswith("/") or _DRIVE.match(name):
         return "is an absolute path"
