@@ -1,6 +1,8 @@
 """What is done around the metric: dense, each switch alone, the default recipe.
 
     .venv/bin/python benchmarks/quality.py --data ../shared/data
+    .venv/bin/python benchmarks/quality.py --table             the README's table, from the rows there are
+    .venv/bin/python benchmarks/quality.py --figure docs/quality.svg
 
 Every row is one `edgeprune prune` in a fresh process (seconds and peak RSS are those of the whole command),
 then perplexity on WikiText-2 in windows of 2048 and 128 tokens and KL to the dense model on C4 text that is
@@ -27,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from _common import RESULTS, edgeprune, machine
+from _common import RESULTS, ROOT, edgeprune, machine
 
 from edgeprune import locate, reconstruction, surgery, tokenizer
 from edgeprune.pipeline import parent as parents
@@ -158,14 +160,116 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per recipe and ratio: how many seeds, mean and sample standard deviation."""
+    dense = next(r for r in rows if r["recipe"] == "dense")
+    found = []
+    for recipe, ratio in sorted(
+        {(r["recipe"], r["ratio"]) for r in rows if r["ratio"]},
+        key=lambda k: (k[1], list(RECIPES).index(k[0])),
+    ):
+        group = [r for r in rows if (r["recipe"], r["ratio"]) == (recipe, ratio)]
+        ppl = [r["perplexity_2048"] for r in group]
+        found.append(
+            {
+                "recipe": recipe,
+                "ratio": ratio,
+                "seeds": len(group),
+                "reached": statistics.mean(r["reached"] for r in group),
+                "perplexity": statistics.mean(ppl),
+                "spread": statistics.stdev(ppl) if len(ppl) > 1 else None,
+                "excess": statistics.mean(ppl) - dense["perplexity_2048"],
+                "perplexity_128": statistics.mean(r["perplexity_128"] for r in group),
+                "kl_c4": statistics.mean(r["kl_c4"] for r in group),
+                "peak_gb": max(r["peak_rss_bytes"] for r in group) / 1e9,
+            }
+        )
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> None:
+    dense = next(r for r in rows if r["recipe"] == "dense")
+    print("| recipe | asked | reached | seeds | window 2048 | excess | window 128 | KL on C4, nats/token |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(f"| dense | | | | {dense['perplexity_2048']:.1f} | | {dense['perplexity_128']:.1f} | |")
+    for m in means(rows):
+        spread = "" if m["spread"] is None else f" ± {m['spread']:.1f}"
+        print(
+            f"| {m['recipe']} | {m['ratio']:.0%} | {m['reached']:.1%} | {m['seeds']} "
+            f"| {m['perplexity']:.1f}{spread} | {m['excess']:.1f} | {m['perplexity_128']:.1f} "
+            f"| {m['kl_c4']:.2f} |"
+        )
+
+
+def figure(rows: list[dict[str, Any]], out: Path) -> None:
+    """Perplexity against bytes in 16 bits, one line per recipe."""
+    import vl_convert
+
+    with tempfile.TemporaryDirectory() as scratch, RunDir(Path(scratch) / "parent") as run:
+        graph = parents.open_parent(str(locate.resolve_model(None)), run).graph
+    decoder = sum(axis.unit_params * axis.n_units for axis in graph.axes)
+    dense = next(r for r in rows if r["recipe"] == "dense")
+    names = {"uniform": "LLM-BIP, uniform", "ridge": "the same with ridge", "default": "default recipe"}
+    points = [
+        {
+            "recipe": names[m["recipe"]],
+            "MB": 2 * (graph.total_params - m["reached"] * decoder) / 1e6,
+            "perplexity": m["perplexity"],
+        }
+        for m in means(rows)
+        if m["recipe"] in names
+    ]
+    points += [
+        {"recipe": name, "MB": 2 * graph.total_params / 1e6, "perplexity": dense["perplexity_2048"]}
+        for name in names.values()
+    ]
+    spec = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "width": 560,
+        "height": 300,
+        "background": "white",
+        "data": {"values": points},
+        "mark": {"type": "line", "point": True, "strokeWidth": 2},
+        "encoding": {
+            "x": {
+                "field": "MB",
+                "type": "quantitative",
+                "scale": {"zero": False},
+                "title": "weights in 16 bits, MB",
+            },
+            "y": {
+                "field": "perplexity",
+                "type": "quantitative",
+                "scale": {"type": "log"},
+                "axis": {"values": [25, 35, 50, 70, 100, 200, 400]},
+                "title": "WikiText-2 test perplexity, window 2048",
+            },
+            "color": {
+                "field": "recipe",
+                "sort": list(names.values()),
+                "scale": {"range": ["#9a6b00", "#2f55b8", "#0a7a50"]},
+                "legend": {"title": None, "orient": "top", "columnPadding": 28},
+            },
+        },
+    }
+    out.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with wikitext-2/ and calibration/")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="folder with wikitext-2/ and calibration/",
+    )
+    parser.add_argument("--table", action="store_true", help="only print the rows there are")
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="only draw the rows there are")
     parser.add_argument("--model", help="folder, hub id or GGUF file; default: edgeprune's own")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.1, 0.2, 0.35, 0.5])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=65_536, help="of the evaluation text")
+    parser.add_argument("--tokens", type=int, default=8_192, help="of the evaluation text")
     parser.add_argument("--kl-tokens", type=int, default=8_192)
     parser.add_argument("--split", choices=["test", "valid"], default="test")
     parser.add_argument(
@@ -173,6 +277,13 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     args = parser.parse_args()
+    if args.table or args.figure:
+        rows = [r for r in json.loads(args.out.read_text())["rows"] if r["tokens"] == args.tokens]
+        if args.table:
+            markdown(rows)
+        else:
+            figure(rows, args.figure)
+        return
     if not (args.data / "wikitext-2").is_dir():
         raise SystemExit(f"{args.data} has no wikitext-2/: this benchmark needs the data folder")
     calibration, text, other = texts(args.data, args.split)
