@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import inspect
 import json
@@ -291,6 +292,13 @@ def resident_layer(
         yield layer
     finally:
         layer.to("meta")
+        _give_back()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what lies between live blocks, 0.1 GB a layer of a 7B."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
