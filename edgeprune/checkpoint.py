@@ -296,7 +296,7 @@ def resident_layer(
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps what lies between live blocks, 0.1 GB a layer of a 7B."""
+    """Return freed memory to the system: glibc keeps what lies between live blocks, 0.1 GB a 7B layer."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
