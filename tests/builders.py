@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from edgeprune import graph
-from edgeprune.families.base import LAYER_LIST_KEY
+from edgeprune import checkpoint, graph, surgery
+from edgeprune.families.base import LAYER_LIST_KEY, Family
+from edgeprune.records import ModelGraph
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -89,6 +90,52 @@ def tiny_family(folder: Path, name: str, *, seed: int = 0, **over: Any) -> Path:
     model.tie_weights()
     model.float().save_pretrained(folder)
     return folder
+
+
+Kept = dict[str, tuple[int, ...]]
+SHAPES = ("dense", "uniform", "fewer heads", "per layer", "layer dropped")
+
+
+def cut(shape: str, name: str) -> Kept:
+    """Units kept per axis that give a model of `tiny_family` one of SHAPES."""
+    ffn: Kept = {f"layers.{i}.ffn": tuple(range(32, 128)) for i in range(4)}
+    gone = FAMILIES[name].drops
+    shapes: dict[str, Kept] = {
+        "dense": {},
+        "uniform": ffn,
+        "fewer heads": ffn | {f"layers.{i}.kv": (i % 2,) for i in range(4)},
+        "per layer": {
+            "layers.0.ffn": tuple(range(64)),
+            "layers.1.kv": (1,),
+            "layers.2.ffn": tuple(range(0, 128, 4)),
+            "layers.3.kv": (0,),
+        },
+        "layer dropped": ffn | {f"layers.{gone}.kv": (), f"layers.{gone}.ffn": ()},
+    }
+    return shapes[shape]
+
+
+def gguf_architecture(shape: str, name: str) -> str | None:
+    """What carries the shape in GGUF, or None where nothing does."""
+    case = FAMILIES[name]
+    return {"per layer": case.carrier, "fewer heads": case.fewer}.get(shape, case.arch)
+
+
+def opened(folder: Path) -> tuple[checkpoint.SafetensorsSource, ModelGraph]:
+    """The weights of a folder, and their graph."""
+    source = checkpoint.SafetensorsSource(folder)
+    found = graph.build(source.config)
+    source.check(found)
+    return source, found
+
+
+def pruned(folder: Path, kept: Kept) -> tuple[Any, surgery.PrunedSource, ModelGraph, Family]:
+    """A folder cut in memory: torch model, weights, graph, family."""
+    source, whole = opened(folder)
+    cut_source = surgery.PrunedSource(source, whole, kept)
+    dims = graph.prune_dims(whole, kept)
+    family = graph.find_family(dims.family)
+    return checkpoint.assemble(cut_source, dims), cut_source, graph.graph_of(family, dims), family
 
 
 class _Nothing(torch.nn.Module):
@@ -242,3 +289,10 @@ def logits(model: torch.nn.Module, tokens: Sequence[int]) -> np.ndarray:
     """[n_tokens, vocab] float32."""
     with torch.no_grad():
         return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float().numpy()
+
+
+class HalfGelu(torch.nn.Module):
+    """GELU from a table of half floats, as ggml's CPU code has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()

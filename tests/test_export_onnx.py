@@ -18,9 +18,9 @@ pytest.importorskip("onnxruntime_genai", reason="the extra 'onnx' is not install
 
 import builders
 import torch
-from builders import FAMILIES, logits
+from builders import logits
 
-from edgeprune import checkpoint, graph, surgery, verify
+from edgeprune import checkpoint, graph, verify
 from edgeprune.errors import ConfigError, StageError, UnsupportedModelError
 from edgeprune.exporters import _onnx_blocks as blocks
 from edgeprune.exporters import onnx as exporter
@@ -103,23 +103,6 @@ def test_fp32_is_torch(tmp_path: Path, name: str) -> None:
         assert (found.argmax(1) == expected.argmax(1)).all()
     last = run_genai(made.folder, TOKENS)
     assert np.abs(last - expected[-1]).max() <= 1e-3
-
-
-@pytest.mark.parametrize("kept", [{}, UNEVEN], ids=["dense", "per layer"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_torch(tmp_path: Path, name: str, kept: dict[str, tuple[int, ...]]) -> None:
-    source: Any = checkpoint.SafetensorsSource(builders.tiny_family(tmp_path / "hf", name))
-    whole = graph.build(source.config)
-    dims = graph.prune_dims(whole, kept)
-    if kept:
-        source = surgery.PrunedSource(source, whole, kept)
-    export(tmp_path / "out", source, dims, "fp32")
-    expected = logits(checkpoint.assemble(source, dims), TOKENS)
-    for step in (512, 7):
-        found = run(tmp_path / "out", TOKENS, step=step)
-        assert np.abs(found - expected).max() <= 1e-3
-        assert (found.argmax(1) == expected.argmax(1)).all()
-    assert np.abs(run_genai(tmp_path / "out", TOKENS) - expected[-1]).max() <= 1e-3
 
 
 def greedy_torch(model: torch.nn.Module, prompt: list[int], n_new: int) -> list[int]:
