@@ -167,16 +167,12 @@ def freeze_(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-class InPlace(Attached):
-    """Trains parameters of the model itself: nothing to attach, nothing to merge."""
+class Trained(Attached):
+    """Trains the parameters that require gradients, each under the name it has in the model."""
 
     def __init__(self, model: nn.Module, groups: list[Group]) -> None:
         super().__init__(model)
         self._groups = groups
-        freeze_(model)
-        for group in groups:
-            for parameter in group.params:
-                parameter.requires_grad_(True)
 
     def groups(self) -> list[Group]:
         return self._groups
@@ -190,10 +186,21 @@ class InPlace(Attached):
     @torch.no_grad()
     def load_(self, state: Mapping[str, torch.Tensor]) -> None:
         named = self._named()
-        if set(named) != set(state):
+        if {n: p.shape for n, p in named.items()} != {n: t.shape for n, t in state.items()}:
             raise ConfigError("the saved recovery state belongs to another model or method")
         for name, parameter in named.items():
             fill_(parameter, state[name])
+
+
+class InPlace(Trained):
+    """Trains parameters of the model itself: nothing to attach, nothing to merge."""
+
+    def __init__(self, model: nn.Module, groups: list[Group]) -> None:
+        super().__init__(model, groups)
+        freeze_(model)
+        for group in groups:
+            for parameter in group.params:
+                parameter.requires_grad_(True)
 
     def merge_(self) -> None:
         freeze_(self.model)

@@ -5,8 +5,6 @@ Implemented from a reconstructed specification; the paper is SAAP (see `recovery
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ from edgeprune.families import _gguf as tables
 from edgeprune.families.base import MATRICES
 from edgeprune.recovery import _grouped
 from edgeprune.recovery._grouped import BITS, GroupLinear
-from edgeprune.recovery.methods.base import Attached, Group, Method, Packed, Setting, freeze_
+from edgeprune.recovery.methods.base import Attached, Group, Method, Packed, Setting, Trained, freeze_
 
 
 def attach(model: nn.Module, setting: Setting) -> Attached:
@@ -26,9 +24,9 @@ def attach(model: nn.Module, setting: Setting) -> Attached:
     return _Groups(model, setting)
 
 
-class _Groups(Attached):
+class _Groups(Trained):
     def __init__(self, model: nn.Module, setting: Setting) -> None:
-        super().__init__(model)
+        super().__init__(model, [])
         options = setting.options
         rank, alpha = round(float(options["rank"])), float(options["alpha"])
         self._family = graph.find_family(setting.dims.family)
@@ -106,20 +104,6 @@ class _Groups(Attached):
             # relative to the scale itself; minima move in whole steps
             found.append(Group(name="scales", params=scales, scale=SCALE_RATE, decay=False))
         return found
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._named().items()}
-
-    @torch.no_grad()
-    def load_(self, state: Mapping[str, torch.Tensor]) -> None:
-        named = self._named()
-        if {n: p.shape for n, p in named.items()} != {n: t.shape for n, t in state.items()}:
-            raise ConfigError("the saved recovery state belongs to another model or method")
-        for name, parameter in named.items():
-            parameter.copy_(state[name])
 
     @torch.no_grad()
     def merge_(self) -> None:

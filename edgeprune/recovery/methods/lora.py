@@ -8,16 +8,15 @@ the same factor [ours]; an uncut layer of a cut model keeps `rank`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from edgeprune import checkpoint
 from edgeprune import graph as graphs
-from edgeprune.errors import ConfigError, MissingExtraError
+from edgeprune.errors import MissingExtraError
 from edgeprune.families.base import MATRICES
-from edgeprune.recovery.methods.base import Attached, Group, Method, Setting, fill_, freeze_, whole
+from edgeprune.recovery.methods.base import Attached, Group, Method, Setting, Trained, freeze_
 
 _UNIT = {"q": "kv", "k": "kv", "v": "kv", "o": "kv", "gate": "ffn", "up": "ffn", "down": "ffn"}
 
@@ -31,29 +30,8 @@ def factors(setting: Setting, more: float) -> dict[tuple[int, str], float]:
     return {place: 1.0 + more * share / mean if mean else 1.0 for place, share in lost.items()}
 
 
-class _Adapters(Attached):
+class _Adapters(Trained):
     """peft's layers inside the model; they stand where the Linear modules were."""
-
-    def __init__(self, model: nn.Module, groups: list[Group]) -> None:
-        super().__init__(model)
-        self._groups = groups
-
-    def groups(self) -> list[Group]:
-        return self._groups
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {name: whole(p) for name, p in self._named().items()}
-
-    @torch.no_grad()
-    def load_(self, state: Mapping[str, torch.Tensor]) -> None:
-        named = self._named()
-        if set(named) != set(state):
-            raise ConfigError("the saved recovery state belongs to another model or method")
-        for name, parameter in named.items():
-            fill_(parameter, state[name])
 
     def merge_(self) -> None:
         from peft.tuners.lora import LoraLayer
