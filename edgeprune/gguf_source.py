@@ -5,16 +5,15 @@ Nothing the file says is believed before it was held against the file's size (se
 
 from __future__ import annotations
 
-import importlib
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeprune import graph
+from edgeprune import graph, registry
 from edgeprune.costs.gguf_header import Header, KeyValue, TensorInfo, read_header
-from edgeprune.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from edgeprune.errors import ConfigError, UnsupportedModelError
 from edgeprune.families._gguf import Layout, Piece, architectures, tensor_table
 from edgeprune.families.base import LAYER_LIST_KEY, Family, GgufArch
 from edgeprune.records import ModelDims
@@ -300,12 +299,7 @@ def _dequantize(path: Path, info: TensorInfo) -> np.ndarray:
         return raw.view("<f4").reshape(info.shape)
     if info.type.name == "F16":
         return raw.view("<f2").astype(np.float32).reshape(info.shape)
-    try:
-        library = importlib.import_module("gguf")
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise MissingExtraError("gguf", "gguf") from None
+    library = registry.library("gguf", "gguf")
     rows = raw.reshape(-1, info.type.row_bytes(info.dims[0]))
     out = library.quants.dequantize(rows, library.GGMLQuantizationType[info.type.name])
     return np.asarray(out, np.float32).reshape(info.shape)

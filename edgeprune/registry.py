@@ -1,4 +1,7 @@
-"""Find plug-ins by file name: one file, one constant. Names are listed without importing anything."""
+"""Find plug-ins by file name: one file, one constant; and optional libraries.
+
+Names are listed without importing anything.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from edgeprune.errors import ConfigError
+from edgeprune.errors import ConfigError, MissingExtraError
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -34,3 +38,14 @@ def load(package: str, name: str, constant: str) -> Any:
         )
     module = importlib.import_module(f"edgeprune.{package}.{name.replace('-', '_')}")
     return getattr(module, constant)
+
+
+def library(name: str, extra: str) -> ModuleType:
+    """Import a library that only some installations have. Raises MissingExtraError naming the extra."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # one that is there and lacks something of its own is a bug, which keeps its traceback
+        if error.name is None or error.name != name.partition(".")[0]:
+            raise
+        raise MissingExtraError(error.name, extra) from None

@@ -6,17 +6,15 @@ Splitting rules are those llama.cpp knows by name (facts: `src/llama-vocab.cpp`)
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from edgeprune import locate, rundir
+from edgeprune import locate, registry, rundir
 from edgeprune.costs.gguf_header import KeyValue
-from edgeprune.errors import ConfigError, MissingExtraError, UnsupportedModelError
+from edgeprune.errors import ConfigError, UnsupportedModelError
 from edgeprune.families.base import text_config
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -222,15 +220,6 @@ def _sentencepiece_from_json(root: Path, data: dict[str, Any], size: int | None)
     return _sentencepiece_kvs(root, tokens, scores, kinds, prefix, size)
 
 
-def _library(name: str, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
-            raise
-        raise MissingExtraError(name, extra) from None
-
-
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(number, value) of a protobuf message; stops where it is damaged."""
     at = 0
@@ -279,7 +268,7 @@ def _read_sentencepiece(path: Path) -> tuple[list[str], list[float], list[int], 
         raise UnsupportedModelError(
             f"{path}: a SentencePiece model that is not BPE", "GGUF's 'llama' tokenizer merges as BPE does"
         )
-    library = _library("sentencepiece", "torch")
+    library = registry.library("sentencepiece", "torch")
     processor = library.SentencePieceProcessor()
     try:
         processor.LoadFromFile(str(path))
@@ -553,7 +542,7 @@ def _post_processor(values: Mapping[str, Any], tokens: list[str], kind: str) -> 
 
 def load(path: Path) -> Any:
     """The `tokenizers` object of a tokenizer.json. Raises ConfigError for a damaged file."""
-    library = _library("tokenizers", "torch")
+    library = registry.library("tokenizers", "torch")
     try:
         return library.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -565,5 +554,6 @@ def encode(folder: str | Path, text: str, *, add_special: bool = False) -> list[
     root = Path(folder)
     if (root / "tokenizer.json").is_file():
         return list(load(root / "tokenizer.json").encode(text, add_special_tokens=add_special).ids)
-    auto = _library("transformers", "torch").AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
-    return list(auto(text, add_special_tokens=add_special)["input_ids"])
+    auto = registry.library("transformers", "torch").AutoTokenizer
+    tokenizer = auto.from_pretrained(str(root), trust_remote_code=False)
+    return list(tokenizer(text, add_special_tokens=add_special)["input_ids"])

@@ -5,13 +5,13 @@ Operators and their attributes follow ONNX Runtime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from edgeprune.errors import MissingExtraError, UnsupportedModelError
+from edgeprune import registry
+from edgeprune.errors import UnsupportedModelError
 from edgeprune.exporters._onnx_blocks import BLOCK, n_blocks
 from edgeprune.families import gemma3, smollm3
 from edgeprune.families.base import Family, config_int, text_config
@@ -33,12 +33,7 @@ QUANTIZATIONS: dict[str, tuple[int, str, str]] = {
 
 def library(name: str) -> ModuleType:
     """Import a library of the `onnx` extra. Raises MissingExtraError."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.split(".")[0]:
-            raise
-        raise MissingExtraError(error.name, "onnx") from None
+    return registry.library(name, "onnx")
 
 
 # ---------------------------------------------------------------- what a layer does

@@ -6,7 +6,6 @@ Key and tensor names follow ggml's `docs/gguf.md` and what llama.cpp's loaders o
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import math
 import os
@@ -16,12 +15,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import graph, rundir
+from edgeprune import graph, registry, rundir
 from edgeprune.costs import gguf_types as types_of
 from edgeprune.costs.gguf_header import Header, KeyValue, key_value_bytes, pad, read_header, tensor_info_bytes
 from edgeprune.errors import ConfigError, MissingExtraError, StageError
@@ -187,15 +185,6 @@ def predict_file_bytes(
 # ---------------------------------------------------------------- writing
 
 
-def _library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise MissingExtraError(name, "gguf") from None
-
-
 def _own_tensor(name: str, shape: tuple[int, ...], rope: Rope, head_dim: int) -> np.ndarray:
     if name == "rope_freqs.weight":
         low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -238,7 +227,7 @@ def write(
     """
     if dtype not in ("F16", "F32"):
         raise ConfigError(f"an unquantized GGUF is F16 or F32, not '{dtype}'")
-    library = _library("gguf")
+    library = registry.library("gguf", "gguf")
     table = tensor_table(family, dims, config)
     kinds = file_types(family, dims, dtype, table, has_imatrix=False)
     entries = metadata(family, dims, dtype, config, tokenizer_kvs, name=name, license_name=license_name)
@@ -458,7 +447,7 @@ def _insert(
 
     Raises StageError for blocks that do not decode to the weights.
     """
-    library = _library("gguf")
+    library = registry.library("gguf", "gguf")
     header = {t.name: t for t in read_header(path).tensors}
     rows = _Rows(family, dims, config, read_tensor)
     with path.open("r+b") as f:

@@ -12,7 +12,6 @@ is our reconstruction. Half rounding inside the forward pass, least squares and 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgeprune import registry
 from edgeprune.costs import gguf_types
-from edgeprune.errors import ConfigError, MissingExtraError, StageError
+from edgeprune.errors import ConfigError, StageError
 
 GROUP = 32  # columns; a block of the file
 BITS: Mapping[str, int] = {"Q4_1": 4, "Q5_1": 5}  # the types whose blocks have a minimum of their own
@@ -268,7 +268,7 @@ def as_stored(weight: torch.Tensor, type_name: str, *, name: str = "weight") -> 
     values = np.ascontiguousarray(weight.detach().to(torch.float32).cpu().numpy())
     if not np.isfinite(values).all():
         raise StageError(f"tensor {name} holds values that are not finite")
-    library = _library("gguf")
+    library = registry.library("gguf", "gguf")
     kind = library.GGMLQuantizationType[type_name]
     with np.errstate(over="ignore"):
         try:
@@ -283,8 +283,7 @@ def as_stored(weight: torch.Tensor, type_name: str, *, name: str = "weight") -> 
 
 def _quantize_by_ggml(values: np.ndarray, type_name: str) -> np.ndarray:
     """Types that only the runtime itself can write (K-quants)."""
-    _library("llama_cpp")
-    call = importlib.import_module("llama_cpp._ggml").libggml.ggml_quantize_chunk
+    call = registry.library("llama_cpp._ggml", "gguf").libggml.ggml_quantize_chunk
     call.restype = ctypes.c_size_t
     pointer = ctypes.POINTER(ctypes.c_float)
     call.argtypes = [ctypes.c_int, pointer, ctypes.c_void_p, *[ctypes.c_int64] * 3, pointer]
@@ -295,15 +294,6 @@ def _quantize_by_ggml(values: np.ndarray, type_name: str) -> np.ndarray:
     if written != out.nbytes:
         raise StageError(f"ggml wrote {written} bytes of {type_name}, expected {out.nbytes}")
     return out
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise MissingExtraError(name, "gguf") from None
 
 
 # ---------------------------------------------------------------- adapter
