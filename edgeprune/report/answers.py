@@ -85,6 +85,18 @@ def _smallest_dense(report: Mapping[str, Any]) -> Row | None:
 # ---------------------------------------------------------------- what to do
 
 
+def _figures(chosen: Row, rival: Row | None = None) -> dict[str, Any]:
+    """What was selected and its distance to dense; beside it those of the one that lost."""
+    found = {"selected": chosen["id"], "kl": _kl(chosen), "kl_stderr": chosen["quality"]["kl_stderr"]}
+    if rival is not None:
+        found |= {
+            "rival": rival["id"],
+            "rival_kl": _kl(rival),
+            "rival_kl_stderr": rival["quality"]["kl_stderr"],
+        }
+    return found
+
+
 def _do_not_prune(report: Mapping[str, Any], chosen: Row) -> dict[str, Any]:
     rival = _best_pruned(report)
     if rival is None:
@@ -92,20 +104,13 @@ def _do_not_prune(report: Mapping[str, Any], chosen: Row) -> dict[str, Any]:
             "do-not-prune",
             f"Do not prune: {chosen['id']} meets every limit ({_pm(chosen)}). "
             "No pruned candidate was measured that does.",
-            selected=chosen["id"],
-            kl=_kl(chosen),
-            kl_stderr=chosen["quality"]["kl_stderr"],
+            **_figures(chosen),
         )
     return _answer(
         "do-not-prune",
         f"Do not prune: {chosen['id']} has {_pm(chosen)} nats per token; the best pruned candidate that "
         f"meets the limits, {rival['id']}, has {_pm(rival)}.",
-        selected=chosen["id"],
-        kl=_kl(chosen),
-        kl_stderr=chosen["quality"]["kl_stderr"],
-        rival=rival["id"],
-        rival_kl=_kl(rival),
-        rival_kl_stderr=rival["quality"]["kl_stderr"],
+        **_figures(chosen, rival),
     )
 
 
@@ -143,12 +148,7 @@ def _prune(report: Mapping[str, Any], chosen: Row) -> dict[str, Any]:
             "prune",
             f"Prune: {chosen['id']} has {_pm(chosen)} nats per token; the best dense candidate that "
             f"meets the limits, {rival['id']}, has {_pm(rival)}.",
-            selected=chosen["id"],
-            kl=_kl(chosen),
-            kl_stderr=chosen["quality"]["kl_stderr"],
-            rival=rival["id"],
-            rival_kl=_kl(rival),
-            rival_kl_stderr=rival["quality"]["kl_stderr"],
+            **_figures(chosen, rival),
         )
     text = f"Prune: {chosen['id']} has {_pm(chosen)} nats per token; no dense candidate meets the limits."
     figures: dict[str, Any] = {}
@@ -162,15 +162,7 @@ def _prune(report: Mapping[str, Any], chosen: Row) -> dict[str, Any]:
                 f"{format_bytes(peak - limit['value'])} more than the limit."
             )
             figures = {"smallest_dense": smallest["id"], "smallest_dense_bytes": peak, "bytes_are": how}
-    return _answer(
-        "prune",
-        text,
-        selected=chosen["id"],
-        kl=_kl(chosen),
-        kl_stderr=chosen["quality"]["kl_stderr"],
-        rival=None,
-        **figures,
-    )
+    return _answer("prune", text, **_figures(chosen), rival=None, **figures)
 
 
 def _nothing_fits(report: Mapping[str, Any]) -> dict[str, Any]:
