@@ -128,28 +128,25 @@ def _choices(row: Row) -> Row:
     return {"text": [c["text"] for c in listed], "label": [c["label"] for c in listed]}
 
 
-def _arc(path: Path) -> list[Row]:
+def _science(path: Path, stem: str) -> list[Row]:
+    """ARC and OpenBookQA are written alike; on the hub the text of the question has another name in each."""
     return [
         {
             "id": r["id"],
-            "question": r["question"]["stem"],
+            stem: r["question"]["stem"],
             "choices": _choices(r),
             "answerKey": r["answerKey"],
         }
         for r in _jsonl(path)
     ]
+
+
+def _arc(path: Path) -> list[Row]:
+    return _science(path, "question")
 
 
 def _openbookqa(path: Path) -> list[Row]:
-    return [
-        {
-            "id": r["id"],
-            "question_stem": r["question"]["stem"],
-            "choices": _choices(r),
-            "answerKey": r["answerKey"],
-        }
-        for r in _jsonl(path)
-    ]
+    return _science(path, "question_stem")
 
 
 # where each task's file may lie below the data folder; the first that exists is read
