@@ -43,6 +43,28 @@ class Source(Protocol):
         ...
 
 
+class View:
+    """A source seen through a change of its tensors, which `tensor` of a subclass makes."""
+
+    def __init__(self, source: Source, config: dict[str, Any] | None = None) -> None:
+        self._source = source
+        self._config = source.config if config is None else config
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    @property
+    def fingerprint(self) -> str:
+        return self._source.fingerprint
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._source.tensor(name)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def _file_fingerprint(path: Path, digest: Any) -> None:
     # whole small files, header and 64 spread samples of large ones: seconds instead of minutes for 15 GB
     size = path.stat().st_size

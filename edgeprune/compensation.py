@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +78,7 @@ def compensated_dims(dims: ModelDims) -> ModelDims:
     return dataclasses.replace(dims, qkv_bias=True, o_bias=True, mlp_bias=True)
 
 
-class CompensatedSource:
+class CompensatedSource(checkpoint.View):
     """A pruned source with biases: those given, and zeros where the class wants one as well.
 
     Save it with the shapes of `graph_of(family, compensated_dims(dims))`.
@@ -87,26 +86,15 @@ class CompensatedSource:
 
     def __init__(self, source: checkpoint.Source, dims: ModelDims, new: Mapping[str, Array]) -> None:
         """`dims` and `source` are of the pruned model without these biases; `new` is from `biases`."""
-        self._source = source
+        super().__init__(source, source.config | {"attention_bias": True, "mlp_bias": True})
         self._new = new
         family = graphs.find_family(dims.family)
         self._had = graphs.graph_of(family, dims).shapes
         self._shapes = graphs.graph_of(family, compensated_dims(dims)).shapes
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._source.config | {"attention_bias": True, "mlp_bias": True}
-
-    @property
-    def fingerprint(self) -> str:
-        return self._source.fingerprint
 
     def tensor(self, name: str) -> torch.Tensor:
         if name in self._new:
             return torch.from_numpy(np.ascontiguousarray(self._new[name], dtype=np.float32))
         if name not in self._had and name in self._shapes:
             return torch.zeros(self._shapes[name])
-        return self._source.tensor(name)
-
-    def close(self) -> None:
-        self._source.close()
+        return super().tensor(name)

@@ -177,21 +177,13 @@ class Rebuilt:
     ridges: dict[str, float]
 
 
-class RebuiltSource:
+class RebuiltSource(checkpoint.View):
     """A pruned source whose o_proj and down_proj come from the files of a rebuild."""
 
     def __init__(self, pruned: checkpoint.Source, folder: Path) -> None:
-        self._pruned = pruned
+        super().__init__(pruned)
         self._files = {path.stem: path for path in folder.glob("*.safetensors")}
         self._layer: tuple[str, dict[str, torch.Tensor]] = ("", {})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._pruned.config
-
-    @property
-    def fingerprint(self) -> str:
-        return self._pruned.fingerprint
 
     def tensor(self, name: str) -> torch.Tensor:
         _, _, rest = name.partition(".layers.")
@@ -200,12 +192,12 @@ class RebuiltSource:
             if self._layer[0] != index:
                 self._layer = (index, load_file(self._files[index]))
             if name in self._layer[1]:
-                return self._layer[1][name].to(self._pruned.tensor(name).dtype)
-        return self._pruned.tensor(name)
+                return self._layer[1][name].to(super().tensor(name).dtype)
+        return super().tensor(name)
 
     def close(self) -> None:
         self._layer = ("", {})
-        self._pruned.close()
+        super().close()
 
 
 def rebuild(

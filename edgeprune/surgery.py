@@ -49,14 +49,13 @@ def rows_of(axis: Axis, kept: Sequence[int]) -> Iterator[tuple[str, int, np.ndar
         yield part.tensor, part.dim, index.reshape(-1)
 
 
-class PrunedSource:
+class PrunedSource(checkpoint.View):
     """A view of a source through a plan: tensors come out already cut."""
 
     def __init__(
         self, source: checkpoint.Source, graph: ModelGraph, kept: Mapping[str, Sequence[int]]
     ) -> None:
-        self._source = source
-        self._config = write_config(source.config, graphs.prune_dims(graph, kept))
+        super().__init__(source, write_config(source.config, graphs.prune_dims(graph, kept)))
         # what leaves, not what stays: a fused tensor is cut by several slices at once
         self._cuts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for axis in graph.axes:
@@ -65,25 +64,14 @@ class PrunedSource:
                 for tensor, dim, index in rows_of(axis, gone.tolist()):
                     self._cuts.setdefault(tensor, []).append((dim, torch.from_numpy(index)))
 
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._config
-
-    @property
-    def fingerprint(self) -> str:
-        return self._source.fingerprint
-
     def tensor(self, name: str) -> torch.Tensor:
-        value = self._source.tensor(name)
+        value = super().tensor(name)
         cuts = self._cuts.get(name, [])
         for dim in {dim for dim, _ in cuts}:
             stays = torch.ones(value.shape[dim], dtype=torch.bool)
             stays[torch.cat([index for d, index in cuts if d == dim])] = False
             value = value.index_select(dim, stays.nonzero()[:, 0])
         return value.contiguous()
-
-    def close(self) -> None:
-        self._source.close()
 
 
 def save(

@@ -25,31 +25,19 @@ RECORD_FILE = "edgeprune_vocab.json"
 LANGUAGES_PREFIX = "languages:"
 
 
-class TrimmedSource:
+class TrimmedSource(checkpoint.View):
     """A source whose embedding and head have only the rows `kept`; its config has the new ids."""
 
     def __init__(
         self, source: checkpoint.Source, family: Family, dims: ModelDims, kept: Sequence[int]
     ) -> None:
-        self._source = source
+        super().__init__(source, {**vocabulary.remap(source.config, kept), "vocab_size": len(kept)})
         self._rows = torch.tensor(kept, dtype=torch.int64)
         self._names = {family.tensor("embed"), family.tensor("head")}
-        self._config = {**vocabulary.remap(source.config, kept), "vocab_size": len(kept)}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self._config
-
-    @property
-    def fingerprint(self) -> str:
-        return self._source.fingerprint
 
     def tensor(self, name: str) -> torch.Tensor:
-        value = self._source.tensor(name)
+        value = super().tensor(name)
         return value.index_select(0, self._rows) if name in self._names else value
-
-    def close(self) -> None:
-        self._source.close()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -405,7 +405,7 @@ def _spent(folder: Path, seconds: float, accelerator: Accelerator) -> float:
     return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
 
 
-class RecoveredSource:
+class RecoveredSource(checkpoint.View):
     """A source some of whose tensors come from a file of recovered weights, in their old types.
 
     `exact` names tensors that stay float32: their rounding is part of the result, and `packed` has their
@@ -420,28 +420,17 @@ class RecoveredSource:
         exact: Sequence[str] = (),
         packed: Mapping[str, Packed] | None = None,
     ) -> None:
-        self._source, self._file, self._exact = source, file, frozenset(exact)
+        super().__init__(source)
+        self._file, self._exact = file, frozenset(exact)
         self.packed: Mapping[str, Packed] = packed or {}
         self._names = frozenset(load_names(file))
 
-    @property
-    def config(self) -> dict[str, object]:
-        return self._source.config
-
-    @property
-    def fingerprint(self) -> str:
-        return self._source.fingerprint
-
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._names:
-            return self._source.tensor(name)
-
+            return super().tensor(name)
         with safe_open(self._file, framework="pt") as f:
             value: torch.Tensor = f.get_tensor(name)
-        return value if name in self._exact else value.to(self._source.tensor(name).dtype)
-
-    def close(self) -> None:
-        self._source.close()
+        return value if name in self._exact else value.to(super().tensor(name).dtype)
 
 
 def load_names(file: Path) -> list[str]:
