@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,20 +135,36 @@ def _length(config: dict[str, Any], settings: Settings) -> int:
 
 
 @dataclass(slots=True)
-class Torch:
-    """A Hugging Face folder, pruned or not, in this process."""
+class _Artifact:
+    """What every engine knows of its artifact; `_open` of a subclass finds it out."""
 
     path: Path
     settings: Settings
-    kind: str = "torch"
+    kind: str = ""
     key: str = ""
     max_length: int = 0
     prefix_token: int = 0
     _tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        return self._tokenizer.encode(texts)
+
+
+@dataclass(slots=True)
+class Torch(_Artifact):
+    """A Hugging Face folder, pruned or not, in this process."""
+
     _model: Any = None
     _window: int = 0  # of sliding attention; 0: none
 
-    def __post_init__(self) -> None:
+    def _open(self) -> None:
+        self.kind = "torch"
         config = locate.read_config(self.path)
         self.max_length = _length(config, self.settings)
         self._tokenizer = _HubTokenizer(self.path)
@@ -160,9 +176,6 @@ class Torch:
             *("torch", _folder_digest(self.path), self.settings.dtype, self.max_length),
             importlib.metadata.version("torch"),
         )
-
-    def encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        return self._tokenizer.encode(texts)
 
     def score(self, groups: Sequence[Group], store: Store, advance: Advance) -> None:
         import torch
@@ -287,23 +300,8 @@ def _batches(groups: Sequence[Group]) -> list[list[Group]]:
     return out
 
 
-@dataclass(slots=True)
-class _InChild:
+class _InChild(_Artifact):
     """Groups go to a fresh process, which appends to the store itself."""
-
-    path: Path
-    settings: Settings
-    kind: str = ""
-    key: str = ""
-    max_length: int = 0
-    prefix_token: int = 0
-    _tokenizer: Any = field(default=None)
-
-    def __post_init__(self) -> None:
-        self._open()
-
-    def _open(self) -> None:
-        raise NotImplementedError
 
     def _start(self, groups: Path, out: Path, timeout_s: float, poll: Callable[[], None]) -> None:
         raise NotImplementedError
@@ -375,9 +373,6 @@ class Onnx(_InChild):
             *("onnx", _folder_digest(self.path), self.max_length),
             onnxruntime.RUNTIME.version(),
         )
-
-    def encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        return self._tokenizer.encode(texts)
 
     def _start(self, groups: Path, out: Path, timeout_s: float, poll: Callable[[], None]) -> None:
         from edgeprune.runtimes import onnxruntime
