@@ -6,19 +6,22 @@
 
 harness: our torch path against the harness's HFLM, same folder and items. paths: GGUF F16 and ONNX fp32
 against torch; an answer is the choice with the highest log-likelihood. perplexity: WikiText-2 test, one
-window, on all three. Exports and finished items lie in --work, where a stopped run goes on. Tasks are those
-of which the data folder has a file. Rows go to benchmarks/results/eval_paths.json.
+window, on all three. The GGUF file is scored twice: as it ships, and with its weights widened to float32
+('gguf exact', what `edgeprune eval --exact` does). Exports and finished items lie in --work, where a stopped
+run goes on. Tasks are those of which the data folder has a file. Rows go to
+benchmarks/results/eval_paths.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,14 @@ from edgeprune.evaluation.harness import Answers
 from edgeprune.pipeline import stages
 from edgeprune.progress import Lines
 
+PATHS = ("gguf exact", "onnx", "gguf")
 
-def export(model: Path, work: Path) -> dict[str, Path]:
+
+def export(model: Path, work: Path, paths: Sequence[str]) -> dict[str, Path]:
     """GGUF F16 and ONNX fp32 of the folder, made once."""
     out = {"gguf": work / "model-f16.gguf", "onnx": work / "model-onnx-fp32"}
     for form, quantization in (("gguf", "F16"), ("onnx", "fp32")):
-        if not out[form].exists():
+        if any(p.startswith(form) for p in paths) and not out[form].exists():
             stages.export(
                 *(str(model), out[form]),
                 format_name=form,
@@ -56,7 +61,17 @@ def export(model: Path, work: Path) -> dict[str, Path]:
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.settings = Settings(threads=args.threads, kv_type=args.kv_type)
+        self.settings = Settings(threads=args.threads)
+
+    def engines(self) -> dict[str, Engine]:
+        """Those asked for, by the name that rows have; torch, which they are compared with, first."""
+        files = export(self.args.model, self.args.work, self.args.paths)
+        exact = dataclasses.replace(self.settings, exact=True)
+        out = {"torch": open_engine(self.args.model, self.settings)}
+        for name in self.args.paths:
+            form = name.split()[0]
+            out[name] = open_engine(files[form], exact if name == "gguf exact" else self.settings)
+        return out
 
     @contextlib.contextmanager
     def stage(self, n: int) -> Iterator[Any]:
@@ -104,7 +119,9 @@ def against_harness(bench: Bench, task: str) -> dict[str, Any]:
         "task": task,
         "items": len(ours.docs),
         "same": same,
-        "largest_ll_difference": largest(ours.ll, ll),
+        "largest_ll_difference": max(
+            abs(x - y) for p, q in zip(ours.ll, ll, strict=True) for x, y in zip(p, q, strict=True)
+        ),
         "acc": ours.metrics["acc"][0],
         "acc_harness": float(np.mean([s["acc"] for s in rows])),
         "seconds": round(seconds, 1),
@@ -112,40 +129,32 @@ def against_harness(bench: Bench, task: str) -> dict[str, Any]:
     }
 
 
-def largest(a: Any, b: Any) -> float:
-    return max(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
-
-
-def against_torch(bench: Bench, task: str, files: dict[str, Path]) -> list[dict[str, Any]]:
-    dense, _ = bench.answer(open_engine(bench.args.model, bench.settings), task)
-    out = []
-    for form, path in files.items():
-        got, seconds = bench.answer(open_engine(path, bench.settings), task)
+def against_torch(bench: Bench, task: str, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
+    dense, _ = bench.answer(engines["torch"], task)
+    for name in bench.args.paths:
+        got, seconds = bench.answer(engines[name], task)
         same = sum(int(np.argmax(x) == np.argmax(y)) for x, y in zip(got.ll, dense.ll, strict=True))
         apart = [abs(x - y) for p, q in zip(got.ll, dense.ll, strict=True) for x, y in zip(p, q, strict=True)]
-        out.append(
-            {
-                "check": "paths",
-                "path": form,
-                "kv_type": bench.args.kv_type if form == "gguf" else "f32",
-                "task": task,
-                "items": len(got.docs),
-                "same_answer": same / len(got.docs),
-                "largest_ll_difference": max(apart),
-                "mean_ll_difference": float(np.mean(apart)),
-                "share_within_1e-2": float(np.mean(np.array(apart) <= 1e-2)),
-                "seconds": round(seconds, 1),
-            }
-        )
-    return out
+        yield {
+            "check": "paths",
+            "path": name,
+            "task": task,
+            "items": len(got.docs),
+            "same_answer": same / len(got.docs),
+            "acc": got.metrics["acc"][0],
+            "acc_torch": dense.metrics["acc"][0],
+            "largest_ll_difference": max(apart),
+            "mean_ll_difference": float(np.mean(apart)),
+            "share_within_1e-2": float(np.mean(np.array(apart) <= 1e-2)),
+            "seconds": round(seconds, 1),
+        }
 
 
-def perplexities(bench: Bench, files: dict[str, Path]) -> list[dict[str, Any]]:
+def perplexities(bench: Bench, engines: dict[str, Engine]) -> Iterator[dict[str, Any]]:
     args = bench.args
     text, source = texts.read("wikitext2", args.data)
-    out: list[dict[str, Any]] = []
-    for form, path in {"torch": args.model, **files}.items():
-        engine = open_engine(path, bench.settings)
+    dense = None
+    for name, engine in engines.items():
         began = time.monotonic()
         got = texts.perplexity(
             *(engine, "wikitext2", text, source, args.window),
@@ -153,34 +162,35 @@ def perplexities(bench: Bench, files: dict[str, Path]) -> list[dict[str, Any]]:
             tokens=args.tokens,
             stage=bench.stage,
         )
-        out.append(
-            {
-                "check": "perplexity",
-                "path": form,
-                "kv_type": args.kv_type if form == "gguf" else "f32",
-                "window": args.window,
-                "tokens": got.tokens,
-                "perplexity": got.value,
-                "relative_to_torch": got.value / out[0]["perplexity"] - 1 if out else 0.0,
-                "seconds": round(time.monotonic() - began, 1),
-            }
-        )
-    return out
+        dense = dense or got.value
+        yield {
+            "check": "perplexity",
+            "path": name,
+            "window": args.window,
+            "tokens": got.tokens,
+            "perplexity": got.value,
+            "relative_to_torch": got.value / dense - 1,
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
 
 def keep(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Replace rows of the same question by the new ones."""
-    same = ("model", "check", "path", "kv_type", "task", "window", "tokens", "items")
+    """Replace rows of the same question by the new ones; fewer items do not replace more."""
+    same = ("model", "check", "path", "task", "window", "tokens")
     stored = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     rows = [{"model": args.model.resolve().name, "seed": args.seed, **r} for r in rows]
-    fresh = [[r.get(k) for k in same] for r in rows]
-    stored = [r for r in stored if [r.get(k) for k in same] not in fresh]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+
+    def worse(old: dict[str, Any], new: dict[str, Any]) -> bool:
+        return all(old.get(k) == new.get(k) for k in same) and old.get("items", 0) <= new.get("items", 0)
+
+    stored = [r for r in stored if not any(worse(r, new) for new in rows)]
+    rows = [r for r in rows if not any(worse(r, old) for old in stored)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps({"machine": machine(), "rows": [*stored, *rows]}, indent=1) + "\n")
     os.replace(part, args.out)
-    for row in rows:
-        print(json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -193,7 +203,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--kv-type", default="f16", choices=["f16", "f32"])
+    parser.add_argument("--paths", nargs="*", default=list(PATHS), choices=PATHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS / "eval_paths.json")
@@ -207,12 +217,14 @@ def main() -> None:
         for task in tasks:
             keep(args, [against_harness(bench, task)])
         return
-    files = export(args.model, args.work)
+    engines = bench.engines()
     if args.check == "perplexity":
-        keep(args, perplexities(bench, files))
+        for row in perplexities(bench, engines):
+            keep(args, [row])
         return
     for task in tasks:
-        keep(args, against_torch(bench, task, files))
+        for row in against_torch(bench, task, engines):
+            keep(args, [row])
 
 
 if __name__ == "__main__":

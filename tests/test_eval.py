@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from edgeprune import surgery  # noqa: E402
 from edgeprune.errors import ConfigError  # noqa: E402
@@ -122,7 +125,21 @@ def test_torch_scores_as_one_forward_per_choice(tmp_path: Path, family: str) -> 
 
 
 def test_gguf_scores_as_torch(folder: Path, gguf_file: Path, tmp_path: Path) -> None:
-    compare(engines.Gguf(gguf_file, F32), folder, tmp_path / "s.jsonl", 1e-2)
+    compare(engines.Gguf(gguf_file, F32), folder, tmp_path / "s.jsonl", 1e-3)
+
+
+def test_exact_leaves_only_what_the_file_rounds(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    halves = Path(shutil.copytree(folder, tmp_path / "halves"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v.half().float() for k, v in weights.items()}, halves / "model.safetensors")
+    file = export(halves, tmp_path / "m.gguf", "gguf", "F16")
+    scores = tmp_path / "scores"
+    compare(engines.Gguf(file, Settings(exact=True)), halves, scores / "s.jsonl", 1e-3)
+    assert [p.name for p in scores.iterdir()] == ["s.jsonl"]
+    # as it ships, products and cache are rounded to half floats too
+    with pytest.raises(AssertionError):
+        compare(engines.Gguf(file, Settings()), halves, tmp_path / "t.jsonl", 1e-3)
 
 
 def test_onnx_scores_as_torch(folder: Path, onnx_folder: Path, tmp_path: Path) -> None:
@@ -159,8 +176,10 @@ def test_the_key_says_what_changes_a_score(folder: Path, gguf_file: Path, tmp_pa
         engines.Torch(other, F32).key,
         engines.Gguf(gguf_file, F32).key,
         engines.Gguf(gguf_file, Settings(kv_type="f16")).key,
+        engines.Gguf(gguf_file, Settings(exact=True)).key,
     ]
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
+    assert engines.Gguf(gguf_file, Settings(exact=True, kv_type="q8_0")).key == keys[5]
     assert engines.Torch(folder, Settings(kv_type="q8_0", threads=3)).key == keys[0]
 
 

@@ -60,6 +60,12 @@ def _names(ctx: click.Context, param: click.Parameter, given: str | None) -> tup
     show_default=True,
     help="KV cache of a GGUF file.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="A GGUF file's weights widened to float32 and all else in float32, as torch computes: what the file "
+    "holds, without what the runtime rounds.",
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. Default: all there are.")
 @click.option(
     "--out",
@@ -81,6 +87,7 @@ def command(
     dtype: str,
     torch_device: str,
     kv_type: str,
+    exact: bool,
     threads: int | None,
     out: Path | None,
     form: str,
@@ -103,7 +110,11 @@ def command(
 
     asked = suites.chosen(suites.find(suite), names=tasks, items=limit, tokens=tokens)
     settings = Settings(
-        threads=threads or local.available_threads(), dtype=dtype, device=torch_device, kv_type=kv_type
+        threads=threads or local.available_threads(),
+        dtype=dtype,
+        device=torch_device,
+        kv_type=kv_type,
+        exact=exact,
     )
     with open_progress() as progress:
         found = run.evaluate(

@@ -34,6 +34,7 @@ class Settings:
     dtype: str = "float32"  # torch
     device: str = "cpu"  # torch
     kv_type: str = "f16"  # llama.cpp
+    exact: bool = False  # llama.cpp: the file's weights and everything else in float32, as torch computes
     max_length: int | None = None  # None: what the model was trained for
 
 
@@ -315,7 +316,8 @@ class _InChild(_Artifact):
             if done:
                 advance(done)
 
-        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+        # not in the system's folder, which may be memory: a widened model can lie here
+        with tempfile.TemporaryDirectory(prefix=".edgeprune-", dir=store.path.parent) as folder:
             given = Path(folder, "groups.jsonl")
             given.write_text("".join(g.line() + "\n" for g in _by_length(groups)), encoding="utf-8")
             self._start(given, store.path, _SECONDS_PER_TOKEN * sum(g.tokens for g in groups) + 600, poll)
@@ -339,20 +341,36 @@ class Gguf(_InChild):
         self.prefix_token = facts["bos"] if facts["bos"] >= 0 else max(0, facts["eos"])
         self.key = make_key(
             "eval_engine",
-            *("gguf", rundir.sha256_file(self.path), self.settings.kv_type, self.max_length),
+            *("gguf", rundir.sha256_file(self.path), *self._arithmetic(), self.max_length),
             llama_cpp.RUNTIME.version(),
         )
 
     def encode(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         return llama_cpp.tokenize(self.path, texts)[0]
 
+    def _arithmetic(self) -> tuple[str, bool, bool]:
+        """(KV cache, flash attention, weights widened).
+
+        llama.cpp rounds an F32 cache to F16 for flash attention, and activations to F16 for F16 weights.
+        """
+        if self.settings.exact:
+            return "f32", False, True
+        return self.settings.kv_type, self.settings.kv_type != "f32", False
+
     def _start(self, groups: Path, out: Path, timeout_s: float, poll: Callable[[], None]) -> None:
+        kv_type, flash, widen = self._arithmetic()
         flags = LaunchFlags(
-            context_tokens=min(self.max_length, 2048), ubatch=512, kv_type=self.settings.kv_type, mmap=True
+            context_tokens=min(self.max_length, 2048),
+            ubatch=512,
+            kv_type=kv_type,
+            mmap=True,
+            flash_attention=flash,
         )
-        llama_cpp.score(
-            self.path, groups, out, flags=flags, threads=self.settings.threads, timeout_s=timeout_s, poll=poll
-        )
+        path, threads = self.path, self.settings.threads
+        if widen:
+            path = groups.with_name("widened.gguf")
+            llama_cpp.widen(self.path, path, threads=threads)
+        llama_cpp.score(path, groups, out, flags=flags, threads=threads, timeout_s=timeout_s, poll=poll)
 
 
 class Onnx(_InChild):

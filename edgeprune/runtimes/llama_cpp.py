@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.costs import gguf_types
 from edgeprune.errors import ConfigError, MissingExtraError
 from edgeprune.records import LaunchFlags, to_plain
 from edgeprune.rundir import atomic_path, write_text
@@ -335,6 +336,19 @@ def quantize(
             },
             timeout_s,
         )
+
+
+def widen(path: Path, out: Path, *, threads: int) -> None:
+    """Write a file of the same values with every matrix in F32."""
+    quantize(
+        path,
+        out,
+        ftype=gguf_types.check_quantization("F32")[0],
+        overrides=(),
+        imatrix=None,
+        threads=threads,
+        allow_requantize=True,
+    )
 
 
 # ---------------------------------------------------------------- starting a job
