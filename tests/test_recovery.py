@@ -333,6 +333,35 @@ def test_the_clock_decides_once(pair: Pair) -> None:
     assert len(written) == 3
 
 
+def test_without_progress_the_rate_falls_and_then_it_ends() -> None:
+    trainer = object.__new__(train.Trainer)
+    trainer.training = train.Training(rate=1.0, batch=1, steps=100, seconds=None, seed=0)
+    trainer._write_journal = lambda journal: None
+    journal = train.Journal(decay_from=60, steps=100)
+
+    def point(step: int, kl: float) -> train.Point:
+        return train.Point(step=step, tokens=step, seconds=0.0, kl=kl, loss=0.0)
+
+    points = [point(0, 0.3), point(10, 0.4), point(20, 0.5)]
+    trainer._rest(journal, points, 20)
+    assert (journal.decay_from, journal.steps, journal.why) == (60, 100, None)
+    points.append(point(30, 0.4))
+    trainer._rest(journal, points, 30)  # 40% of 50 steps
+    assert (journal.decay_from, journal.steps, journal.last) == (30, 50, None)
+    assert journal.why == "the validation KL no longer fell"
+    # the best before does not count any more: the fall has its own three
+    points += [point(35, 0.38), point(40, 0.39), point(45, 0.4)]
+    trainer._rest(journal, points, 45)
+    assert journal.last is None
+    points.append(point(48, 0.41))
+    trainer._rest(journal, points, 48)
+    assert journal.last == 48
+    # too late for a fall of its own
+    late = train.Journal(decay_from=60, steps=100)
+    trainer._rest(late, [point(0, 0.3), point(57, 0.4), point(58, 0.4), point(60, 0.4)], 60)
+    assert (late.decay_from, late.steps, late.last) == (60, 100, None)
+
+
 def test_a_resumed_run_stops_where_the_limit_struck(pair: Pair, tmp_path: Path) -> None:
     asked = recipe("lora")
     (tmp_path / "one").mkdir()

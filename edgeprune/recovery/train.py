@@ -58,7 +58,7 @@ class Training:
     weight_decay: float = 0.0
     clip: float = 1.0
     evaluations: int = 6
-    patience: int = 3  # evaluations in a row without a better KL
+    patience: int = 3  # evaluations in a row without a better KL, before the rate falls or training stops
     checkpoint_s: float = 60.0
     gradient_checkpointing: bool = False
     shard: bool = False  # each process holds a share of weights and moments (FSDP)
@@ -385,9 +385,7 @@ class Trainer:
                     self._watch(journal, step, now, pace, known=step - began_step >= _PACE_STEPS)
                 if journal.evaluate_every and step % journal.evaluate_every == 0:
                     points.append(self._evaluated(points, step, clock))
-                    if self._worn_out(points) and journal.last is None and step != journal.steps:
-                        journal.last, journal.why = step, "the validation KL no longer fell"
-                        self._write_journal(journal)
+                    self._rest(journal, points, step)
                 if self._agree(clock.read() - saved_at > max(training.checkpoint_s, 30 * save_took)):
                     before = clock.read()
                     self._checkpoint(self._facts(step, clock, points, losses))
@@ -442,10 +440,28 @@ class Trainer:
                 self._save(self._best_path, state, {"step": step})
         return point
 
-    def _worn_out(self, points: list[Point]) -> bool:
-        patience = self.training.patience
+    def _rest(self, journal: Journal, points: list[Point], step: int) -> None:
+        """No lower KL for `patience` evaluations: the rate starts to fall; if it was falling, stop.
+
+        At the full rate the KL may well stand above the first one: what is learned there shows in the fall.
+        """
+        patience, decay = self.training.patience, self.training.decay
+        falling = journal.decay_from is not None and step > journal.decay_from
+        if falling:
+            assert journal.decay_from is not None
+            points = [p for p in points if p.step >= journal.decay_from]
         best = min(range(len(points)), key=lambda i: points[i].kl)
-        return len(points) - 1 - best >= patience
+        if len(points) - 1 - best < patience or journal.last is not None or step == journal.steps:
+            return
+        if falling:
+            journal.last = step
+        else:
+            more = max(1, round(decay / (1.0 - decay) * step))
+            if journal.steps is not None and step + more >= journal.steps:
+                return
+            journal.decay_from, journal.steps = step, step + more
+        journal.why = "the validation KL no longer fell"
+        self._write_journal(journal)
 
     def _watch(self, journal: Journal, step: int, now: float, pace: float, *, known: bool) -> None:
         """Decide by the clock, once each, and write it down before the next step."""
