@@ -47,3 +47,29 @@ def write_results(name: str, rows: Any) -> Path:
 
 def edgeprune(*args: str) -> list[str]:
     return [sys.executable, "-m", "edgeprune", *args]
+
+
+# a process starts with the peak of the one that spawned it: a small one has to stand between
+_WAIT = """
+import os, sys
+silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=silent)
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss * 1024)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
+def call(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak RSS in bytes of a command in a process of its own; ends the script when it fails."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", _WAIT, *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return time.monotonic() - began, int(done.stdout)

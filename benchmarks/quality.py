@@ -21,7 +21,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from _common import RESULTS, ROOT, edgeprune, machine
+from _common import RESULTS, ROOT, call, edgeprune, machine
 
 from edgeprune import locate, reconstruction, surgery, tokenizer
 from edgeprune.pipeline import parent as parents
@@ -96,18 +95,23 @@ def kl(model: Any, dense: Any, ids: np.ndarray, window: int) -> float:
 class Judge:
     """Reads one folder after the other; the dense model stays."""
 
-    def __init__(self, folder: Path, text: str, other: str, args: argparse.Namespace) -> None:
-        self._kind = torch.bfloat16 if reconstruction.half_is_fast() and not args.fp32 else torch.float32
+    def __init__(
+        self, folder: Path, text: str, other: str, args: argparse.Namespace, *, fp32: bool = False
+    ) -> None:
+        self._kind = torch.bfloat16 if reconstruction.half_is_fast() and not fp32 else torch.float32
         self._ids = np.asarray(tokenizer.encode(folder, text), dtype=np.int32)[: args.tokens]
         self._other = np.asarray(tokenizer.encode(folder, other), dtype=np.int32)[: args.kl_tokens]
         self._dense = surgery.load(folder, dtype=self._kind)
 
     def __call__(self, folder: Path | None) -> dict[str, float]:
+        return self._read(folder, perplexity_2048=(self._ids, 2048), perplexity_128=(self._ids, 128))
+
+    def _read(self, folder: Path | None, **asked: tuple[np.ndarray, int]) -> dict[str, float]:
+        """Perplexities of token ids in windows, by name, and KL to the dense model."""
         model = self._dense if folder is None else surgery.load(folder, dtype=self._kind)
         with torch.inference_mode():
             return {
-                "perplexity_2048": losses(model, self._ids, 2048),
-                "perplexity_128": losses(model, self._ids, 128),
+                **{name: losses(model, ids, window) for name, (ids, window) in asked.items()},
                 "kl_c4": 0.0 if folder is None else kl(model, self._dense, self._other, 512),
             }
 
@@ -120,18 +124,11 @@ def prune(
         *("prune", model, "--ratio", str(ratio), "--seed", str(seed), "--calibration", str(calibration)),
         *("--samples", "64", "--out", str(out), *more),
     )
-    began = time.monotonic()
-    pid = os.posix_spawn(
-        command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    )
-    _, status, usage = os.wait4(pid, 0)
-    seconds = time.monotonic() - began
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"failed: {' '.join(command)}")
+    seconds, peak = call(command)
     plan = json.loads((out / "edgeprune_plan.json").read_text())
     return {
         "seconds": round(seconds, 1),
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "peak_rss_bytes": peak,
         "reached": plan["ratio"],
         "kv": [s["n_kv_heads"] for s in plan["dims"]["layers"]],
         "ffn": [s["n_ff"] for s in plan["dims"]["layers"]],
@@ -303,7 +300,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch, RunDir(Path(scratch) / "parent") as run:
         folder = parents.open_parent(str(locate.resolve_model(args.model)), run).folder
-        judge = Judge(folder, text, other, args)
+        judge = Judge(folder, text, other, args, fp32=args.fp32)
         if not any(r["recipe"] == "dense" for r in mine()):
             keep({"recipe": "dense", "ratio": 0.0, "seed": 0, **judge(None)})
         for ratio, seed, recipe in itertools.product(args.ratios, args.seeds, args.recipes):

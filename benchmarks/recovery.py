@@ -28,19 +28,17 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
+import quality
 import torch
-from _common import RESULTS, ROOT, edgeprune, machine
+from _common import RESULTS, call, edgeprune, machine
 from metrics import wikitext
-from quality import kl, losses
 
-from edgeprune import locate, reconstruction, surgery, tokenizer
+from edgeprune import locate
 from edgeprune.evaluation import engines, texts
 from edgeprune.evaluation.groups import Store
 from edgeprune.pipeline import parent as parents
@@ -73,29 +71,19 @@ NEEDS_MINUTES = ("auto",)
 ONLY_NAMED = ("group minmax", "group rank 8", "group scales")
 
 
-class Judge:
-    """Reads one folder after the other; the dense model stays."""
+class Judge(quality.Judge):
+    """Reads folders, and the files made of them."""
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        self._args = args
-        self._kind = torch.bfloat16 if reconstruction.half_is_fast() else torch.float32
-        text = wikitext(args.data)
+        self._text = wikitext(args.data)
         if args.split == "valid":
-            text = (args.data / "wikitext-2" / "wiki.valid.tokens").read_text(encoding="utf-8")
+            self._text = (args.data / "wikitext-2" / "wiki.valid.tokens").read_text(encoding="utf-8")
         other = (args.data / "calibration" / "exllamav2_c4.utf8").read_text(encoding="utf-8")
-        self._text = text
-        self._ids = np.asarray(tokenizer.encode(folder, text), dtype=np.int32)[: args.tokens]
-        self._other = np.asarray(tokenizer.encode(folder, other), dtype=np.int32)[: args.kl_tokens]
-        self._folder, self._dense = folder, surgery.load(folder, dtype=self._kind)
+        super().__init__(folder, self._text, other, args)
+        self._args, self._folder = args, folder
 
     def __call__(self, folder: Path | None) -> dict[str, float]:
-        model = self._dense if folder is None else surgery.load(folder, dtype=self._kind)
-        with torch.inference_mode():
-            return {
-                "perplexity": losses(model, self._ids, 2048),
-                "perplexity_c4": losses(model, self._other, 512),
-                "kl_c4": 0.0 if folder is None else kl(model, self._dense, self._other, 512),
-            }
+        return self._read(folder, perplexity=(self._ids, 2048), perplexity_c4=(self._other, 512))
 
     def file(self, folder: Path | None) -> dict[str, Any]:
         """Export a folder and score the file; nothing without --files."""
@@ -120,27 +108,13 @@ class Judge:
             return {"file": args.files, "file_perplexity": found.value, "file_bytes": path.stat().st_size}
 
 
-def call(command: list[str]) -> dict[str, Any]:
-    """Seconds and peak RSS of a command in a process of its own."""
-    began = time.monotonic()
-    silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-    pid = os.posix_spawn(command[0], command, {**os.environ, "PYTHONPATH": str(ROOT)}, file_actions=silent)
-    _, status, usage = os.wait4(pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return {
-        "command_seconds": round(time.monotonic() - began, 1),
-        "peak_rss_bytes": usage.ru_maxrss * 1024,
-    }
-
-
 def recover(pruned: Path, parent: Path, out: Path, row: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: the command's cost and what its record says."""
     data = () if row.endswith(" self") else ("--recovery-data", str(args.data / "calibration/c4_demo.jsonl"))
     ends = ("--recovery-minutes", str(args.minutes))
     if args.minutes is None:
         ends = ("--recovery-tokens", str(args.train_tokens))
-    cost = call(
+    seconds, peak = call(
         edgeprune(
             *("recover", str(pruned), "--parent", str(parent), "--out", str(out), "--seed", str(args.seed)),
             *(*ROWS[row], *data, *ends, *args.more.split()),
@@ -160,6 +134,7 @@ def recover(pruned: Path, parent: Path, out: Path, row: str, args: argparse.Name
         "note",
     )
     names += ("kl_before", "kl_after", "validation_tokens", "tried")
+    cost = {"command_seconds": round(seconds, 1), "peak_rss_bytes": peak}
     return {**cost, **{name: record[name] for name in names}}
 
 
