@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import random
 import resource
+import signal
 import struct
 import sys
 import tempfile
@@ -22,24 +25,26 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _common import ROOT, write_results
+from _common import RESULTS, ROOT, write_results
 
 from edgeprune import graph, languages, locate, records, tokenizer, vocabulary
 from edgeprune.bundle import manifest
-from edgeprune.config import profiles, targets
+from edgeprune.config import budget, profiles, targets
 from edgeprune.costs.gguf_header import read_header
 from edgeprune.devices import _agent, _answers, _session
 from edgeprune.errors import EdgepruneError
 from edgeprune.units import parse_bytes
 
 SLOW_S = 1.0
+HANG_S = 10.0  # of this process's own time
+MOST_BYTES = 512 << 20  # more than the process held before the first case
 OURS = (EdgepruneError, _agent.JobError)
 
 
@@ -216,11 +221,23 @@ def _safetensors() -> bytes:
     return struct.pack("<Q", len(raw)) + raw + bytes(48)
 
 
+def _model() -> bytes:
+    values = struct.pack("<8e", 1, -2, 0.5, 0, 3, 4, 5, 6)
+    header = {
+        f"t{i}": {"dtype": d, "shape": [2, 4] if d == "F16" else [4], "data_offsets": [16 * i, 16 * i + 16]}
+        for i, d in enumerate(("F16", "F32", "F16"))
+    }
+    raw = json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + values + struct.pack("<4f", 1, 2, 3, 4) + values
+
+
 def _gguf() -> bytes:
     sys.path.insert(0, str(ROOT / "tests"))
-    from hostile import Gguf
+    from hostile import Gguf, value
 
-    return Gguf().bytes()
+    file = Gguf()
+    file.metadata["tokenizer.ggml.merges"] = value("STRING[]", ["t 0", "t 1"])
+    return file.bytes()
 
 
 def _answers_seeds() -> list[bytes]:
@@ -247,9 +264,7 @@ def read_records(raw: bytes, folder: Path) -> None:
     del folder
     for kind in record_kinds():
         with contextlib.suppress(EdgepruneError):
-            records.from_plain(kind, json.loads(raw)) if raw[:1] == b"\x00" else records.loads(
-                kind, text(raw)
-            )
+            records.loads(kind, text(raw))
 
 
 def read_tokenizer(raw: bytes, folder: Path) -> None:
@@ -272,6 +287,104 @@ def read_index(raw: bytes, folder: Path) -> None:
     at(folder, "model.safetensors", _safetensors())
     at(folder, "model.safetensors.index.json", raw)
     locate.find_tensors(folder)
+
+
+def read_budget(raw: bytes, folder: Path) -> None:
+    """The limits of a command line, as its options read them, against one target and one profile."""
+    del folder
+    try:
+        words = json.loads(text(raw))
+        given = {str(k): str(v) for k, v in words.items()} if isinstance(words, dict) else {}
+        numbers = {k: float(given[k]) for k in ("decode_tps", "first_token_ms", "kl") if k in given}
+    except (ValueError, RecursionError):
+        raise EdgepruneError("refused by the command line") from None
+    sizes = {k: parse_bytes(given[k]) for k in ("memory_bytes", "file_bytes") if k in given}
+    budget.resolve_budget(*_LIMITED, **sizes, **numbers)  # type: ignore[arg-type]
+
+
+def read_report(raw: bytes, folder: Path) -> None:
+    # loads numpy and the like
+    from edgeprune.pipeline import light
+
+    at(folder, "report.json", raw)
+    light.load_report(folder)
+    light.reselect(folder, memory_bytes=10**9)
+
+
+def read_gguf_model(raw: bytes, folder: Path) -> None:
+    """Config, graph and tokenizer of a GGUF file, and the tokenizer written as a folder has it."""
+    from edgeprune.pipeline import light
+
+    header = light.open_header(str(at(folder, "a.gguf", raw)))
+    out = folder / "written"
+    out.mkdir(exist_ok=True)
+    tokenizer.write_hf(header.tokenizer_kvs, out)
+
+
+def read_weights(raw: bytes, folder: Path) -> None:
+    """Every tensor of a model folder, finite or refused."""
+    from edgeprune import checkpoint
+
+    at(folder, "config.json", json.dumps(CONFIG).encode())
+    at(folder, "model.safetensors", raw)
+    source = checkpoint.SafetensorsSource(folder)
+    for name in source.names():
+        checkpoint.finite(source.tensor(name), name)
+    source.close()
+
+
+def read_plan(raw: bytes, folder: Path) -> None:
+    from edgeprune.pipeline import light
+
+    light.load_plan(at(folder, "plan.json", raw), _graph())
+
+
+def read_scores(raw: bytes, folder: Path) -> None:
+    from edgeprune.pipeline import light
+
+    at(folder, "s.safetensors", _safetensors())
+    at(folder, "s.json", raw)
+    light.load_scores(folder / "s.safetensors")
+
+
+def read_items(raw: bytes, folder: Path) -> None:
+    from edgeprune.evaluation import localdata
+
+    at(folder, "val-labels.lst", b"0\n")
+    for task in localdata._FILES:
+        name = "val.txt" if raw[:1] != b"{" else "val.jsonl"
+        with contextlib.suppress(EdgepruneError):
+            localdata.read_task(at(folder, name, raw), task)
+
+
+def read_suite(raw: bytes, folder: Path) -> None:
+    from edgeprune.evaluation import suites
+
+    suites.find(str(at(folder, "own.toml", raw)))
+
+
+def read_sentencepiece(raw: bytes, folder: Path) -> None:
+    """Our own walk over the protobuf of tokenizer.model; what is a BPE is opened by the library."""
+    tokenizer._sentencepiece_kind(at(folder, "tokenizer.model", raw))
+
+
+def read_template(raw: bytes, folder: Path) -> None:
+    del folder
+    from edgeprune.bundle import chat
+
+    chat.read(text(raw), eos="</s>")
+
+
+def read_address(raw: bytes, folder: Path) -> None:
+    del folder
+    from edgeprune.devices import adb, ssh
+
+    for device in (adb, ssh):
+        with contextlib.suppress(EdgepruneError):
+            made = device.transport(text(raw))
+            # one word for the remote side; nothing of the address became an option
+            assert made.argv("true")[-1] == "true"
+            assert "--" in made.argv("true") or device is adb
 
 
 def read_answer(raw: bytes, folder: Path) -> None:
@@ -310,6 +423,88 @@ def _manifest() -> bytes:
         return (Path(made) / manifest.FILE_NAME).read_bytes()
 
 
+def _report() -> bytes:
+    sys.path.insert(0, str(ROOT / "tests"))
+    import candidates
+
+    from edgeprune import selection
+
+    limits = candidates.budget(200e6)
+    rows = [candidates.candidate("a"), candidates.candidate("b", ratio=0.2, memory=None, kl=None)]
+    with tempfile.TemporaryDirectory() as made:
+        candidates.write_report(
+            Path(made) / "run",
+            rows,
+            target=_LIMITED[0],
+            profile=_LIMITED[1],
+            limits=limits,
+            chosen=selection.select(limits, rows, lambda a, b: False),
+        )
+        return (Path(made) / "run" / "report.json").read_bytes()
+
+
+@functools.cache
+def _graph() -> records.ModelGraph:
+    return graph.build(CONFIG)
+
+
+def _plan() -> bytes:
+    import numpy as np
+
+    from edgeprune import planner
+    from edgeprune.pipeline import light
+
+    space = planner.PlanSpace(
+        graph=_graph(),
+        scores={a.name: np.arange(a.n_units, dtype=np.float32) for a in _graph().axes},
+        poolable=True,
+        constraints=light.hand_constraints(16),
+        metric="magnitude",
+    )
+    return records.dumps(planner.plan_ratio(space, "uniform", 0.2)).encode()
+
+
+def _scores() -> bytes:
+    from edgeprune.pipeline import light
+
+    plain = example(light.ScoreFile)
+    plain["scores"]["arrays_sha256"] = hashlib.sha256(_safetensors()).hexdigest()
+    return json.dumps(plain).encode()
+
+
+def _items() -> list[bytes]:
+    choices = {"stem": "q", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]}
+    rows: list[dict[str, Any]] = [
+        {"question": "q", "passage": "p", "label": True, "idx": 0},
+        {"goal": "g", "sol1": "a", "sol2": "b"},
+        {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e", "f", "g"], "label": 1},
+        {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "1"},
+        {"id": "1", "question": choices, "answerKey": "A"},
+    ]
+    return [*(json.dumps(row).encode() for row in rows), b"Cooking: He eats. She\n1\na\nb\nc\nd\n"]
+
+
+def _sentencepiece() -> bytes:
+    def field(number: int, body: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(body)]) + body
+
+    pieces = [field(1, w.encode()) + b"\x15" + struct.pack("<f", -1.0) + b"\x18\x01" for w in ("a", "b")]
+    return b"".join(field(1, piece) for piece in pieces) + field(2, b"\x18\x02\x20\x03")
+
+
+_TEMPLATE = (
+    b"{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    b"{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_LIMITED = (
+    targets.read_target(ROOT / "targets" / "laptop-cpu.toml"),
+    profiles.read_profile(ROOT / "profiles" / "chat-2k.toml"),
+)
+_BUDGET = {
+    **{"memory_bytes": "200MB", "file_bytes": "1.5GiB", "decode_tps": "5"},
+    **{"first_token_ms": "900.5", "kl": "0.05"},
+}
+_SUITE = b'texts = ["wikitext2"]\nwindows = [128, 2048]\ntasks = ["boolq"]\nitems = 5\ntokens = 1000\n'
 _TOKENIZERS = _tokenizers()
 _ROW = {
     "n_threads": 4,
@@ -360,6 +555,17 @@ def parsers() -> dict[str, Parser]:
         ),
         "languages": Parser([b"en,de", b"ja, ko,en"], lambda raw, f: languages.parse(text(raw))),
         "token-runs": Parser([b"0-16,20,22-40"], lambda raw, f: vocabulary.read_runs(text(raw))),
+        "budgets": Parser([json.dumps(_BUDGET).encode()], read_budget, json=True),
+        "report": Parser([_report()], read_report, json=True),
+        "plan": Parser([_plan()], read_plan, json=True),
+        "scores": Parser([_scores()], read_scores, json=True),
+        "gguf-model": Parser([_gguf()], read_gguf_model),
+        "weights": Parser([_model()], read_weights),
+        "sentencepiece": Parser([_sentencepiece()], read_sentencepiece),
+        "chat-template": Parser([_TEMPLATE], read_template),
+        "addresses": Parser([b"ssh://me@board.local:2222", b"adb://R58-1:5555"], read_address),
+        "suites": Parser([_SUITE], read_suite),
+        "benchmark-items": Parser(_items(), read_items),
         "texts": Parser([json.dumps(d).encode() for d in (*_DOCUMENTS, _DOCUMENTS)], read_text, json=True),
     }
 
@@ -369,66 +575,132 @@ def case(parser: Parser, number: int) -> bytes:
     return damage(parser.seeds[number % len(parser.seeds)], rng, parser.json)
 
 
+class Hang(BaseException):
+    """A case used up its time; no `except Exception` may hide it."""
+
+
+def _alarm(_number: int, _frame: object) -> None:
+    raise Hang(f"more than {HANG_S:g} s")
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """A case of more than HANG_S is a Hang, one that takes MOST_BYTES more than now a MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    old = signal.signal(signal.SIGPROF, _alarm)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MOST_BYTES, hard))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPROF, old)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@dataclass
+class Watch:
+    """What reading inputs came to: the counts, every kind of traceback once, the slowest."""
+
+    refused: int = 0
+    done: int = 0
+    slow: int = 0
+    slowest_s: float = 0.0
+    slowest_case: int = 0
+    hangs: int = 0
+    faults: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def feed(self, parser: Parser, raw: bytes, folder: Path, number: int) -> str | None:
+        """Read one input; the kind of traceback it gave, or None."""
+        began, where = time.process_time(), None
+        try:
+            signal.setitimer(signal.ITIMER_PROF, HANG_S)
+            try:
+                parser.read(raw, folder)
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+        except OURS as error:
+            self.refused += 1
+            str(error)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            self.hangs += isinstance(error, Hang)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
+            row = self.faults.setdefault(where, {"case": number, "text": f"{error!s:.120}", "times": 0})
+            row["times"] += 1
+        took = time.process_time() - began
+        self.slow += took > SLOW_S
+        if took > self.slowest_s:
+            self.slowest_s, self.slowest_case = took, number
+        self.done += 1
+        return where
+
+
+@contextlib.contextmanager
+def place(parser: Parser) -> Iterator[tuple[Path, Path]]:
+    """A folder to read in and the one around it; what a parser imports is loaded before limits are set."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-fuzz-") as made:
+        folder = Path(made, "deep", "in")
+        folder.mkdir(parents=True)
+        for seed in parser.seeds:
+            with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as warm:
+                parser.read(seed, Path(warm))
+        with _limited():
+            yield folder, Path(made)
+
+
 def run(
     name: str, parser: Parser, cases: int, *, first: int = 0, minutes: float | None = None
 ) -> dict[str, Any]:
     """Feed the cases; what came back, every kind of traceback once, and the slowest case."""
-    began, slowest, slowest_case, refused, slow = time.monotonic(), 0.0, first, 0, 0
-    faults: dict[str, dict[str, Any]] = {}
-    done = 0
-    with tempfile.TemporaryDirectory(prefix="edgeprune-fuzz-") as made:
-        outer = Path(made)
-        folder = outer / "deep" / "in"
-        folder.mkdir(parents=True)
+    began, watch = time.monotonic(), Watch(slowest_case=first)
+    with place(parser) as (folder, outer):
         for number in range(first, first + cases):
             if minutes is not None and time.monotonic() - began > 60 * minutes:
                 break
-            raw = case(parser, number)
-            at_start = time.process_time()
-            try:
-                parser.read(raw, folder)
-            except OURS as error:
-                refused += 1
-                str(error)
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt | SystemExit):
-                    raise
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                where = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
-                row = faults.setdefault(where, {"case": number, "text": f"{error!s:.120}", "times": 0})
-                row["times"] += 1
-            took = time.process_time() - at_start
-            slow += took > SLOW_S
-            if took > slowest:
-                slowest, slowest_case = took, number
-            done += 1
+            watch.feed(parser, case(parser, number), folder, number)
         outside = [str(p) for p in outer.rglob("*") if p.is_file() and folder not in p.parents]
+    return result(name, watch, outside, began)
+
+
+def result(name: str, watch: Watch, outside: list[str], began: float) -> dict[str, Any]:
     return {
         "parser": name,
-        "cases": done,
-        "refused": refused,
-        "tracebacks": sum(row["times"] for row in faults.values()),
-        "kinds": faults,
-        "slowest_s": round(slowest, 4),
-        "slowest_case": slowest_case,
-        "slower_than_1s": slow,
+        "cases": watch.done,
+        "refused": watch.refused,
+        "tracebacks": sum(row["times"] for row in watch.faults.values()) - watch.hangs,
+        "hangs": watch.hangs,
+        "kinds": watch.faults,
+        "slowest_s": round(watch.slowest_s, 4),
+        "slowest_case": watch.slowest_case,
+        "slower_than_1s": watch.slow,
         "written_outside": outside,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
+def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows in place of what the file held of the same parsers."""
+    path = RESULTS / "fuzz.json"
+    old = json.loads(path.read_text())["rows"] if path.is_file() else []
+    known = {(row["parser"], row.get("guided", False)): row for row in (*old, *rows)}
+    return [known[key] for key in sorted(known)]
+
+
 def main() -> None:
     known = parsers()
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--parser", choices=["all", *known], default="all")
+    ask.add_argument("--parser", choices=["all", *known], nargs="+", default=["all"])
     ask.add_argument("--cases", type=int, default=100_000, help="of each parser")
     ask.add_argument("--first", type=int, default=0, help="number of the first case")
     ask.add_argument("--minutes", type=float, help="end each parser after this time")
     ask.add_argument("--case", type=int, help="print one case and what reading it gives")
     ask.add_argument("--write", action="store_true", help="write benchmarks/results/fuzz.json")
     given = ask.parse_args()
-    names = list(known) if given.parser == "all" else [given.parser]
+    names = list(known) if "all" in given.parser else given.parser
     if given.case is not None:
         parser = known[names[0]]
         print(case(parser, given.case))
@@ -440,17 +712,18 @@ def main() -> None:
         row = run(name, known[name], given.cases, first=given.first, minutes=given.minutes)
         rows.append(row)
         figures = (
-            f"{row['refused']:>8} refused {row['tracebacks']:>6} tracebacks, slowest {row['slowest_s']:.3f} s"
+            f"{row['refused']:>8} refused {row['tracebacks']:>6} tracebacks, {row['hangs']} hangs, slowest"
         )
         print(
-            f"{name:20}{row['cases']:>9} cases {figures} (case {row['slowest_case']}), {row['seconds']:.0f} s"
+            f"{name:20}{row['cases']:>9} cases {figures} {row['slowest_s']:.3f} s "
+            f"(case {row['slowest_case']}), {row['seconds']:.0f} s"
         )
         for where, fault in row["kinds"].items():
             print(f"    {where}: {fault['text']} ({fault['times']} times, first in case {fault['case']})")
         sys.stdout.flush()
-    if given.write:
-        write_results("fuzz", rows)
-    sys.exit(1 if any(row["tracebacks"] or row["written_outside"] for row in rows) else 0)
+        if given.write:
+            write_results("fuzz", merged(rows))
+    sys.exit(1 if any(row["kinds"] or row["written_outside"] for row in rows) else 0)
 
 
 if __name__ == "__main__":

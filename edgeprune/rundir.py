@@ -20,6 +20,7 @@ from edgeprune.errors import ConfigError, EdgepruneError
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
+_SHORT = re.compile(r"^\d+ requested and \d+ written$")
 
 
 def sha256_file(path: Path) -> str:
@@ -59,9 +60,11 @@ def friendly_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # numpy reports a short write without an error number
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and disk_is_full(path)):
             raise _full(path) from error
+        # numpy reports a short write without an error number: a quota, or a limit on the size of files
+        if error.errno == errno.EFBIG or (error.errno is None and _SHORT.search(str(error))):
+            raise _too_large(path, error.strerror or str(error)) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ConfigError(
                 f"cannot write {path}: {error.strerror}", "choose another folder with --out"
@@ -69,14 +72,23 @@ def friendly_disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # the safetensors library has its own class, and only its text names the cause
-        if f"(os error {errno.ENOSPC})" in str(error):
+        if any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             raise _full(path) from error
+        if f"(os error {errno.EFBIG})" in str(error):
+            raise _too_large(path, os.strerror(errno.EFBIG)) from error
         raise
 
 
 def _full(path: Path) -> ConfigError:
     return ConfigError(
         f"no space left on the disk that holds {path}", "free some space and run the same command again"
+    )
+
+
+def _too_large(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"a file in {path} cannot grow: {why}",
+        "raise the quota or the limit on file sizes (ulimit -f) and run the same command again",
     )
 
 

@@ -34,7 +34,7 @@ def _jsonl(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(f"{path}, line {number}: not JSON") from None
         if not isinstance(row, dict):
             raise ConfigError(f"{path}, line {number}: not a JSON object")
