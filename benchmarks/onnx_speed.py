@@ -1,10 +1,11 @@
 """Decode and prefill speed of ONNX int4 against GGUF Q4_0, alternating; time of the ONNX export.
 
-    PYTHONPATH=. python benchmarks/onnx_speed.py [--quick] [--model FOLDER] [--threads N] [--rounds N]
+    PYTHONPATH=. python benchmarks/onnx_speed.py [--quick] [--model FOLDER] [--threads N ...] [--rounds N]
 
 Exports the model (default: SmolLM2-135M-Instruct) both ways, then times the two files turn by turn, each
 time in a fresh process with the same prompt, tokens and threads, so that other load on the machine meets
-both. Prints the ratio of the medians and writes results/onnx_speed.json.
+both. Prints the ratio of the medians per number of threads (default: 1 and all) and the median of the ratios
+of single rounds, and writes results/onnx_speed.json.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def size(path: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
-    parser.add_argument("--threads", type=int, default=local.available_threads())
+    parser.add_argument("--threads", type=int, action="append", help="may be repeated; default: 1 and all")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
@@ -60,48 +61,58 @@ def main() -> None:
         }
         kinds = {"onnx": given.onnx, "gguf": given.gguf}
         made = {n: export(given.model, engines[n][1], n, kinds[n]) for n in engines}
-        rates: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in engines}
-        for turn in range(given.rounds):
-            # who goes first changes, in case the first one warms the machine up for the second
-            for name in sorted(engines, reverse=bool(turn % 2)):
-                engine, path, kv_type = engines[name]
-                context = given.prompt + given.new
-                flags = LaunchFlags(context_tokens=context, ubatch=512, kv_type=kv_type, mmap=True)
-                times = engine.bench(
-                    path,
-                    flags=flags,
-                    n_prompt=given.prompt,
-                    n_gen=given.new,
-                    repeats=1,
-                    threads=given.threads,
-                )
-                rates[name]["decode"].append(given.new * 1e9 / times.decode_ns[0])
-                rates[name]["prefill"].append(given.prompt * 1e9 / times.prefill_ns[0])
+        print(f"export: ONNX {made['onnx']:.1f} s, GGUF {made['gguf']:.1f} s")
+        for threads in given.threads or sorted({1, local.available_threads()}):
+            rates = alternate(engines, kinds, given, threads)
+            for name, (_, path, _) in engines.items():
+                row = {
+                    "format": name,
+                    "quantization": kinds[name],
+                    "bytes": size(path),
+                    "export_s": round(made[name], 2),
+                    "threads": threads,
+                    "prompt_tokens": given.prompt,
+                    "new_tokens": given.new,
+                    "load_average": round(os.getloadavg()[0], 2),
+                }
+                for what, values in rates[name].items():
+                    row[f"{what}_tps"] = [round(v, 2) for v in values]
+                    row[f"{what}_median_tps"] = round(statistics.median(values), 2)
+                rows.append(row)
+            for what in ("decode", "prefill"):
+                onnx, gguf = (rates[n][what] for n in ("onnx", "gguf"))
+                medians = [statistics.median(v) for v in (onnx, gguf)]
+                by_round = statistics.median(a / b for a, b in zip(onnx, gguf, strict=True))
                 print(
-                    f"round {turn + 1} {name} {kinds[name]}: decode {rates[name]['decode'][-1]:.1f}, "
-                    f"prefill {rates[name]['prefill'][-1]:.1f} tokens/s",
-                    file=sys.stderr,
+                    f"{threads} threads, {what}: ONNX {given.onnx} {medians[0]:.1f}, GGUF {given.gguf} "
+                    f"{medians[1]:.1f} tokens/s, ratio {medians[0] / medians[1]:.3f}, by round {by_round:.3f}"
                 )
-        for name, (_, path, _) in engines.items():
-            row = {
-                "format": name,
-                "quantization": kinds[name],
-                "bytes": size(path),
-                "export_s": round(made[name], 2),
-                "threads": given.threads,
-                "prompt_tokens": given.prompt,
-                "new_tokens": given.new,
-                "load_average": round(os.getloadavg()[0], 2),
-            }
-            for what, values in rates[name].items():
-                row[f"{what}_tps"] = [round(v, 2) for v in values]
-                row[f"{what}_median_tps"] = round(statistics.median(values), 2)
-            rows.append(row)
-    for what in ("decode", "prefill"):
-        onnx, gguf = (r[f"{what}_median_tps"] for r in rows)
-        print(f"{what}: ONNX {given.onnx} {onnx}, GGUF {given.gguf} {gguf} tokens/s, ratio {onnx / gguf:.3f}")
-    print(f"export: ONNX {rows[0]['export_s']} s, GGUF {rows[1]['export_s']} s")
     print(write_results("onnx_speed", rows))
+
+
+def alternate(
+    engines: dict[str, tuple[Any, Path, str]], kinds: dict[str, str], given: argparse.Namespace, threads: int
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of every round, by engine and kind of work."""
+    rates: dict[str, dict[str, list[float]]] = {n: {"decode": [], "prefill": []} for n in engines}
+    for turn in range(given.rounds):
+        # who goes first changes, in case the first one warms the machine up for the second
+        for name in sorted(engines, reverse=bool(turn % 2)):
+            engine, path, kv_type = engines[name]
+            flags = LaunchFlags(
+                context_tokens=given.prompt + given.new, ubatch=512, kv_type=kv_type, mmap=True
+            )
+            times = engine.bench(
+                path, flags=flags, n_prompt=given.prompt, n_gen=given.new, repeats=1, threads=threads
+            )
+            rates[name]["decode"].append(given.new * 1e9 / times.decode_ns[0])
+            rates[name]["prefill"].append(given.prompt * 1e9 / times.prefill_ns[0])
+            print(
+                f"round {turn + 1} {name} {kinds[name]}: decode {rates[name]['decode'][-1]:.1f}, "
+                f"prefill {rates[name]['prefill'][-1]:.1f} tokens/s",
+                file=sys.stderr,
+            )
+    return rates
 
 
 if __name__ == "__main__":
