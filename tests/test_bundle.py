@@ -548,7 +548,7 @@ def test_the_model_card(bundle: Path) -> None:
     line = (bundle / "llama-server.sh").read_text().splitlines()[-1]
     assert line == (
         "exec llama-server -m org-tiny-model-uniform-9.4-Q8-0.gguf -c 128 -ub 32 -b 64 -ctk q8_0 -ctv q8_0 "
-        '-fa on --no-mmap -np 1 --cache-ram 0 --ctx-checkpoints 0 "$@"'
+        '-fa on -lm none -np 1 --cache-ram 0 --ctx-checkpoints 0 "$@"'
     )
     assert line.removeprefix("exec ").removesuffix(' "$@"') in body
     assert start(["sh", "-n", bundle / "llama-server.sh"]).returncode == 0

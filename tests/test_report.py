@@ -78,6 +78,19 @@ def test_a_noisy_bench_is_marked_and_explained() -> None:
     assert "~" not in render_table(REPORT)
 
 
+def test_doubtful_conditions_are_said() -> None:
+    report = copy.deepcopy(REPORT)
+    report["candidates"][0]["measured"]["doubts"] = ["on battery", "the repeats spread by 20%"]
+    assert "uniform-9.4@Q8_0 was timed in doubtful conditions: on battery\n" in render_table(report) + "\n"
+    assert "doubtful" not in render_table(REPORT)
+
+
+def test_a_predicted_size_is_not_shown_among_the_files() -> None:
+    report = copy.deepcopy(REPORT)
+    report["candidates"][0] |= {"artifact": None, "error": "failed"}
+    assert row(report)[3] == "-"
+
+
 def test_missing_limits_are_named() -> None:
     report = copy.deepcopy(REPORT)
     report["candidates"][0]["meets"] = {"memory": False}
@@ -97,7 +110,7 @@ def test_another_device_says_predicted() -> None:
     assert row(report)[7] == "-"
 
 
-@pytest.mark.parametrize(("mmap", "ending"), [(True, ""), (False, " --no-mmap")])
+@pytest.mark.parametrize(("mmap", "ending"), [(True, ""), (False, " -lm none")])
 def test_launch_line_carries_the_measured_flags(mmap: bool, ending: str) -> None:
     flags = LaunchFlags(context_tokens=512, ubatch=64, kv_type="q8_0", mmap=mmap)
     assert launch_line("a.gguf", flags) == (

@@ -116,7 +116,7 @@ def read(source: str, *, eos: str = "") -> Pieces | None:
             if found.render(messages) != jinja.render(messages, go_on=True):
                 return None
         return found
-    except Exception:  # a template is a stranger's program: it may raise anything, RecursionError to NameError
+    except Exception:  # a template is a stranger's program: it may raise anything
         return None
 
 

@@ -327,7 +327,7 @@ def _texts(facts: Mapping[str, Any], about: _About, flags: LaunchFlags) -> dict[
     if form == "gguf":
         launch = launch_line(model, flags)
         out["llama-server.sh"] = _render(
-            "llama-server.sh", launch=launch, measured=facts["measured"] is not None
+            "llama-server.sh", launch=launch, flags=flags, measured=facts["measured"] is not None
         )
         out["Modelfile"] = _modelfile(facts, about, common)
     python = _render(f"sample_{form}.py", kv_type=_GGML_TYPES.get(flags.kv_type, 1), **common)

@@ -56,7 +56,7 @@ def launch_line(path: str, flags: LaunchFlags) -> str:
         "-fa on" if flags.flash_attention else "-fa off",
     ]
     if not flags.mmap:
-        parts.append("--no-mmap")
+        parts.append("-lm none")  # llama.cpp refuses --no-mmap since b10884
     return " ".join([*parts, "-np 1 --cache-ram 0 --ctx-checkpoints 0"])
 
 

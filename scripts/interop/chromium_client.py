@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,13 +30,19 @@ try {
   const { env } = await import('@huggingface/transformers');
   env.backends.onnx.wasm.wasmPaths = '/lib/onnxruntime-web/dist/';
   const { generate } = await import('/generate.mjs');
-  answer = { text: await generate('/models/', NAME, PROMPT, { device: 'wasm' }) };
+  answer = { made: await generate('/models/', NAME, PROMPT, TEXTS, { device: 'wasm' }) };
+  if (TEXTS) answer.made.version += ', Chromium ' + /Chrome\/(\d+)/.exec(navigator.userAgent)[1];
 } catch (error) {
   answer = { error: String(error?.message ?? error) };
 }
 await fetch('/result', { method: 'POST', body: JSON.stringify(answer) });
 </script>
 """
+
+
+def _script(value: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -86,15 +93,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def main(browser: str, modules: str, folder: str, prompt: str) -> int:
-    name = json.dumps(Path(folder).name)
+def main(browser: str, modules: str, folder: str, prompt: str, texts: str | None = None) -> int:
+    values = {
+        "NAME": Path(folder).name,
+        "PROMPT": prompt,
+        "TEXTS": json.loads(Path(texts).read_text(encoding="utf-8")) if texts else None,
+    }
     shared: dict[str, Any] = {
         "roots": {
             "/lib/": Path(modules).resolve(),
             f"/models/{Path(folder).name}/": Path(folder).resolve(),
             "/": HERE,
         },
-        "page": PAGE.replace("NAME", name).replace("PROMPT", json.dumps(prompt)),
+        "page": re.sub(r"\b(NAME|PROMPT|TEXTS)\b", lambda m: _script(values[m[1]]), PAGE),
         "done": threading.Event(),
     }
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, shared=shared))
@@ -124,7 +135,7 @@ def main(browser: str, modules: str, folder: str, prompt: str) -> int:
     if "error" in answer:
         print(f"Error: transformers.js in Chromium: {answer['error']}", file=sys.stderr)
         return 1
-    print(answer["text"])
+    print(json.dumps(answer["made"]) if texts else answer["made"])
     return 0
 
 

@@ -1,7 +1,8 @@
 // Generate text from a folder that is found under `base`; the same in Node and in a browser.
 import { AutoModelForCausalLM, AutoTokenizer, env } from '@huggingface/transformers';
 
-export async function generate(base, name, prompt, options = {}) {
+// Gives the text, or with a list of texts what the benchmark of clients compares.
+export async function generate(base, name, prompt, texts = null, options = {}) {
     env.allowRemoteModels = false;
     env.allowLocalModels = true;
     env.localModelPath = base;
@@ -10,8 +11,17 @@ export async function generate(base, name, prompt, options = {}) {
     // type of weights and external data are said by config.json
     const model = await AutoModelForCausalLM.from_pretrained(name, options);
     const given = tokenizer(prompt);
-    const made = await model.generate({ ...given, max_new_tokens: 24, do_sample: false });
-    const tokens = made.tolist()[0].map(Number);
-    if (tokens.length <= given.input_ids.dims[1]) throw new Error('nothing was generated');
-    return tokenizer.decode(tokens);
+    const all = await model.generate({ ...given, max_new_tokens: 24, do_sample: false });
+    const tokens = all.tolist()[0].map(Number);
+    const start = given.input_ids.dims[1];
+    if (tokens.length <= start) throw new Error('nothing was generated');
+    const text = tokenizer.decode(tokens);
+    if (texts === null) return text;
+    return {
+        version: env.version,
+        given: tokens.slice(0, start),
+        made: tokens.slice(start),
+        text,
+        ids: texts.map((t) => tokenizer.encode(t, { add_special_tokens: false }).map(Number)),
+    };
 }

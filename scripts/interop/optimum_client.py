@@ -5,8 +5,10 @@ reads the counts from the file; that is all a user of such a folder has to add.
 """
 
 import sys
+from importlib.metadata import version
 
 import torch
+from _client import NEW_TOKENS, answer
 from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -23,23 +25,30 @@ class PerLayer(ORTModelForCausalLM):
         return super().forward(input_ids, attention_mask, past_key_values, position_ids, **kwargs)
 
 
-def main(folder: str, prompt: str) -> int:
+def main(folder: str, prompt: str, texts: str | None = None) -> int:
     model = ORTModelForCausalLM.from_pretrained(folder, local_files_only=True)
     caches = [i for i in model.session.get_inputs() if i.name.startswith("past_key_values.")]
     heads = {i.shape[1] for i in caches}
+    loaded = "as it is"
     if heads != {model.num_key_value_heads} or caches[0].shape[3] != model.embed_size_per_head:
-        print(f"KV heads per layer: {sorted(heads)}; with PerLayer of this file", file=sys.stderr)
+        loaded = f"with PerLayer, KV heads per layer: {sorted(heads)}"
+        print(loaded, file=sys.stderr)
         model = PerLayer.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     given = tokenizer(prompt, return_tensors="pt")
-    made = model.generate(**given, max_new_tokens=24, do_sample=False)
-    new = made[0, given["input_ids"].shape[1] :]
-    if len(new) == 0:
-        print("optimum generated nothing", file=sys.stderr)
-        return 1
-    print(tokenizer.decode(made[0]))
-    return 0
+    start = given["input_ids"].shape[1]
+    made = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
+    return answer(
+        "optimum",
+        f"optimum-onnx {version('optimum-onnx')}, transformers {version('transformers')}",
+        given=made[:start],
+        made=made[start:],
+        text=tokenizer.decode(made),
+        encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        texts=texts,
+        loaded=loaded,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    sys.exit(main(*sys.argv[1:]))
