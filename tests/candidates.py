@@ -1,7 +1,8 @@
-"""Candidates, budgets and reports made up by hand; nothing is measured."""
+"""Candidates, budgets, reports and profiles made up by hand; nothing is measured."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,37 @@ def write_report(
     with rundir.RunDir(folder) as run:
         report_build.write(run, report)
     return folder
+
+
+def small_profile(
+    *,
+    workload: tuple[int, int, int] = (64, 32, 128),
+    bench: tuple[int, int, int] = (32, 8, 1),
+    **recipe: Any,
+) -> str:
+    """A profile whose whole run takes seconds, as TOML.
+
+    workload: tokens of prompt, answer and context; bench: tokens of prompt and answer, repeats.
+    """
+    sections = {
+        "workload": dict(zip(("prompt_tokens", "new_tokens", "context_tokens"), workload, strict=True)),
+        "recipe": {
+            "metric": "llm-bip",
+            "allocators": ["uniform"],
+            "calibration_samples": 4,
+            "calibration_tokens": 64,
+            "eval_samples": 4,
+            "eval_tokens": 64,
+            "formats": ["gguf"],
+            "quantizations": ["Q4_0"],
+            "ratios": [0.25],
+            "max_measured": 2,
+            **recipe,
+        },
+        "bench": dict(zip(("prompt_tokens", "new_tokens", "repeats"), bench, strict=True)),
+    }
+    lines = ['title = "a whole run in seconds"']
+    for name, values in sections.items():
+        # strings, numbers and lists are written alike in JSON and TOML
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"

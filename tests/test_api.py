@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from candidates import budget, candidate, write_report
+from candidates import budget, candidate, small_profile, write_report
 
 import edgeprune
 from edgeprune import api, selection
@@ -21,28 +21,15 @@ from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.records import to_plain
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "magnitude"
-allocators = ["uniform"]
-calibration_samples = 2
-calibration_tokens = 32
-eval_samples = 4
-eval_tokens = 32
-formats = ["gguf"]
-quantizations = ["Q8_0", "Q4_0"]
-ratios = [0.25]
-max_measured = 8
-[bench]
-prompt_tokens = 16
-new_tokens = 4
-repeats = 2
-"""
+PROFILE = small_profile(
+    bench=(16, 4, 2),
+    metric="magnitude",
+    calibration_samples=2,
+    calibration_tokens=32,
+    eval_tokens=32,
+    quantizations=["Q8_0", "Q4_0"],
+    max_measured=8,
+)
 
 
 def example() -> str:

@@ -25,32 +25,17 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 from builders import tiny_model_with_tokenizer
+from candidates import small_profile
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "llm-bip"
-allocators = ["uniform"]
-calibration_samples = 4
-calibration_tokens = 64
-eval_samples = 4
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["F16", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL"]
-ratios = [0.1, 0.25, 0.5]
-max_measured = 8
-[bench]
-prompt_tokens = 32
-new_tokens = 8
-repeats = 5
-"""
+PROFILE = small_profile(
+    bench=(32, 8, 5),
+    quantizations=["F16", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL"],
+    ratios=[0.1, 0.25, 0.5],
+    max_measured=8,
+)
 # per layer: q and o of 128 x 128, k and v of 64 x 128; gate, up, down of 1024 x 128; two norms
 DECODER = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 1024 * 128 + 2 * 128)
 TOTAL = DECODER + 2 * 300 * 128 + 128

@@ -30,6 +30,7 @@ from edgeprune.evaluation.groups import Group, Pair, Store  # noqa: E402
 from edgeprune.pipeline import stages  # noqa: E402
 from edgeprune.progress import Silent  # noqa: E402
 from tests.builders import FAMILIES, tiny_family, tiny_model_with_tokenizer, tiny_tokenizer  # noqa: E402
+from tests.candidates import small_profile  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 F32 = Settings(kv_type="f32")
@@ -357,28 +358,18 @@ def test_a_run_scores_what_it_selected(
     assert line in (out / "bundle" / "README.md").read_text(encoding="utf-8")
 
 
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 32
-new_tokens = 16
-context_tokens = 64
-[recipe]
-metric = "magnitude"
-allocators = ["uniform"]
-calibration_samples = 2
-calibration_tokens = 32
-eval_samples = 2
-eval_tokens = 32
-formats = ["gguf"]
-quantizations = ["Q8_0"]
-ratios = [0.1]
-max_measured = 1
-[bench]
-prompt_tokens = 16
-new_tokens = 4
-repeats = 5
-"""
+PROFILE = small_profile(
+    workload=(32, 16, 64),
+    bench=(16, 4, 5),
+    metric="magnitude",
+    calibration_samples=2,
+    calibration_tokens=32,
+    eval_samples=2,
+    eval_tokens=32,
+    quantizations=["Q8_0"],
+    ratios=[0.1],
+    max_measured=1,
+)
 
 
 def _profile(tmp_path: Path) -> Path:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from candidates import small_profile
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,31 +21,13 @@ pytestmark = [
     ),
 ]
 
-PROFILE = """
-title = "a short run over the real model"
-
-[workload]
-prompt_tokens = 64
-new_tokens = 16
-context_tokens = 512
-
-[recipe]
-metric = "llm-bip"
-allocators = ["uniform"]
-calibration_samples = 4
-calibration_tokens = 64
-eval_samples = 4
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["F16", "Q8_0", "Q4_0"]
-ratios = [0.2]
-max_measured = 4
-
-[bench]
-prompt_tokens = 32
-new_tokens = 8
-repeats = 5
-"""
+PROFILE = small_profile(
+    workload=(64, 16, 512),
+    bench=(32, 8, 5),
+    quantizations=["F16", "Q8_0", "Q4_0"],
+    ratios=[0.2],
+    max_measured=4,
+)
 
 
 @pytest.fixture(scope="module")

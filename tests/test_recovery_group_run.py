@@ -16,6 +16,7 @@ pytest.importorskip("llama_cpp")
 
 import torch
 from builders import tiny_family, tiny_model_with_tokenizer, tiny_tokenizer
+from candidates import small_profile
 from safetensors.torch import load_file
 
 from edgeprune import checkpoint, graph
@@ -29,28 +30,7 @@ from edgeprune.recovery.recipe import RecoveryRecipe
 from edgeprune.recovery.text import plain_rows, split
 
 VOCAB, LENGTH = 300, 24
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "llm-bip"
-allocators = ["uniform"]
-calibration_samples = 4
-calibration_tokens = 64
-eval_samples = 4
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["Q4_0"]
-ratios = [0.25]
-max_measured = 2
-[bench]
-prompt_tokens = 32
-new_tokens = 8
-repeats = 1
-"""
+PROFILE = small_profile()
 
 
 def recipe(**over: object) -> RecoveryRecipe:

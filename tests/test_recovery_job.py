@@ -16,29 +16,9 @@ pytest.importorskip("llama_cpp")
 pytest.importorskip("peft")
 
 from builders import tiny_model_with_tokenizer
+from candidates import small_profile
 
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "llm-bip"
-allocators = ["uniform"]
-calibration_samples = 4
-calibration_tokens = 64
-eval_samples = 4
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["F16"]
-ratios = [0.25]
-max_measured = 2
-[bench]
-prompt_tokens = 32
-new_tokens = 8
-repeats = 1
-"""
+PROFILE = small_profile(quantizations=["F16"])
 RECOVERY = (
     *("--recovery-mix", "1"),
     *("--recovery", "full", "--recovery-tokens", "4096", "--recovery-length", "32"),

@@ -15,32 +15,7 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 from builders import tiny_model_with_tokenizer
-
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "llm-bip"
-allocators = ["sensitivity"]
-calibration_samples = 4
-calibration_tokens = 64
-eval_samples = 4
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["F16", "Q4_0"]
-ratios = [0.25]
-max_measured = 3
-compensation = "{compensation}"
-compensation_samples = 8
-compensation_tokens = 64
-[bench]
-prompt_tokens = 32
-new_tokens = 8
-repeats = 1
-"""
+from candidates import small_profile
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +27,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_job(run_cli: Callable[..., Any], model: Path, folder: Path, kind: str, *more: str) -> dict[str, Any]:
     profile = folder / f"{kind}.toml"
-    profile.write_text(PROFILE.format(compensation=kind))
+    profile.write_text(
+        small_profile(
+            compensation=kind,
+            allocators=["sensitivity"],
+            quantizations=["F16", "Q4_0"],
+            max_measured=3,
+            compensation_samples=8,
+            compensation_tokens=64,
+        )
+    )
     ran = run_cli(
         *("--target", "laptop-cpu", "--budget", "100MB", "--model", model, "--profile", profile),
         *("--out", folder / kind, "--threads", "1", "--format", "json", *more),

@@ -19,6 +19,7 @@ import llama_cpp as llama_cpp_library
 import numpy as np
 import torch
 from builders import logits, tiny_llama, tiny_model_with_tokenizer
+from candidates import small_profile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -504,11 +505,9 @@ def test_refusals(run_cli: Callable[..., Any], model: Path, text: Path, tmp_path
 @pytest.mark.slow
 def test_main_job_is_killed_and_goes_on(tmp_path: Path) -> None:
     """One run is killed after the trimming; the next one makes none of it again."""
-    from test_end_to_end import PROFILE
-
     tiny_model_with_tokenizer(tmp_path / "tiny", hidden=128, heads=4, kv_heads=2, ff=256, layers=2, vocab=420)
-    profile = PROFILE.replace('"F16", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL"', '"Q8_0"')
-    (tmp_path / "seconds.toml").write_text(profile.replace("max_measured = 8", "max_measured = 1"))
+    profile = small_profile(bench=(32, 8, 5), quantizations=["Q8_0"], ratios=[0.1, 0.25, 0.5], max_measured=1)
+    (tmp_path / "seconds.toml").write_text(profile)
     text = tmp_path / "text.txt"
     text.write_text("The lazy dog jumps. " * 3)
     args = command(tmp_path, tmp_path / "run", "--trim-vocab", text)

@@ -24,32 +24,19 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 from builders import tiny_model_with_tokenizer
+from candidates import small_profile
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PROFILE = """\
-title = "smallest possible"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "magnitude"
-allocators = ["uniform"]
-calibration_samples = 2
-calibration_tokens = 32
-eval_samples = 2
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["Q8_0", "Q4_0"]
-ratios = [0.25]
-max_measured = 2
-[bench]
-prompt_tokens = 16
-new_tokens = 4
-repeats = 1
-"""
+PROFILE = small_profile(
+    bench=(16, 4, 1),
+    metric="magnitude",
+    calibration_samples=2,
+    calibration_tokens=32,
+    eval_samples=2,
+    quantizations=["Q8_0", "Q4_0"],
+)
 
 
 @pytest.fixture(scope="module")
