@@ -33,7 +33,27 @@ def machine() -> dict[str, Any]:
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
         "load_average": os.getloadavg()[0],
+        "doubts": doubts(),
     }
+
+
+def _state() -> tuple[Any, float, float]:
+    from edgeprune import bench
+    from edgeprune.devices import local
+
+    return local.environment(), time.monotonic(), bench.own_s()
+
+
+def doubts() -> list[str]:
+    """Why figures timed since this script started may not be the machine's own."""
+    from edgeprune import bench
+
+    before, began, own = _BEFORE
+    after, now, used = _state()
+    return list(bench.doubts(before, after, elapsed_s=now - began, own_s=used - own))
+
+
+_BEFORE = _state()
 
 
 def write_results(name: str, rows: Any) -> Path:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import re
+import resource
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgeprune import registry
-from edgeprune.records import BenchProtocol, BenchResult, LaunchFlags, MemoryResult
+from edgeprune.records import BenchProtocol, BenchResult, Environment, LaunchFlags, MemoryResult
 
 
 def bench_artifact(
@@ -34,6 +37,7 @@ def bench_artifact(
     machine = registry.load("devices", device, "DEVICE")
     environment = machine.environment()
     began = datetime.datetime.now(datetime.timezone.utc)
+    started, own = time.monotonic(), own_s()
     times = engine.bench(
         path,
         flags=flags,
@@ -43,6 +47,13 @@ def bench_artifact(
         threads=threads,
         sweep=thread_counts(machine.available_threads()) if threads is None else (),
         timeout_s=timeout_s,
+    )
+    found = doubts(
+        environment,
+        machine.environment(),
+        elapsed_s=time.monotonic() - started,
+        own_s=own_s() - own,
+        spread=relative_spread(protocol.new_tokens, times.decode_ns),
     )
     return BenchResult(
         artifact_sha256=sha256,
@@ -66,6 +77,7 @@ def bench_artifact(
         n_batch=times.n_batch,
         build_commit=times.build_commit,
         test_time=began.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        doubts=found,
     )
 
 
@@ -126,9 +138,74 @@ def stdev_tps(n_tokens: int, ns: Sequence[int]) -> float:
 QUIET_SPREAD = 0.10
 
 
+# processors that other programs may take meanwhile, as a share of those that are there
+OTHER_LOAD = 0.10
+
+
 def spread(result: BenchResult) -> float:
     """Standard deviation of the decode speed over its median."""
-    return stdev_tps(result.n_gen, result.decode_ns) / median_tps(result.n_gen, result.decode_ns)
+    return relative_spread(result.n_gen, result.decode_ns)
+
+
+def relative_spread(n_tokens: int, ns: Sequence[int]) -> float:
+    return stdev_tps(n_tokens, ns) / median_tps(n_tokens, ns)
+
+
+def own_s() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(found.ru_utime + found.ru_stime for found in both)
+
+
+def doubts(
+    before: Environment, after: Environment, *, elapsed_s: float, own_s: float, spread: float | None = None
+) -> tuple[str, ...]:
+    """Why what was timed between two states may not be the machine's own speed; () when nothing speaks
+    against it.
+
+    `own_s` is what the measurement itself took of the processors within `elapsed_s`; the rest was others.
+    What a system does not tell (None) raises no doubt.
+    """
+    out = []
+    bits = [int(e.throttled, 16) & 0xF for e in (before, after) if e.throttled and _is_hex(e.throttled)]
+    counts = (before.throttle_count, after.throttle_count)
+    if any(bits) or (counts[0] is not None and counts[1] is not None and counts[1] > counts[0]):
+        out.append("the processor was throttled")
+    if before.on_battery or after.on_battery:
+        out.append("on battery")
+    for name, first, last in (
+        ("power mode", before.power_mode, after.power_mode),
+        ("governor", before.governor, after.governor),
+    ):
+        if first != last:
+            out.append(f"the {name} changed from {first} to {last}")
+    if before.busy_s is not None and after.busy_s is not None and elapsed_s > 0:
+        others = (after.busy_s - before.busy_s - own_s) / elapsed_s
+        if others > OTHER_LOAD * max(1, before.n_cpus):
+            out.append(f"other programs used {others:.1f} of {before.n_cpus} processors")
+    if spread is not None and spread > QUIET_SPREAD:
+        out.append(f"the repeats spread by {spread:.0%}")
+    return tuple(out)
+
+
+def _is_hex(text: str) -> bool:
+    return re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", text) is not None
+
+
+def other_builds(results: Sequence[BenchResult]) -> dict[str, str]:
+    """A doubt for each result (by key) that another build of the runtime gave than the latest one."""
+    if not results:
+        return {}
+    last = max(results, key=lambda r: r.test_time)
+    return {
+        r.key: f"timed with {_build(r)}, others with {_build(last)}"
+        for r in results
+        if _build(r) != _build(last)
+    }
+
+
+def _build(result: BenchResult) -> str:
+    return f"{result.runtime} {result.runtime_version} (build {result.build_commit or 'unknown'})"
 
 
 # ---------------------------------------------------------------- llama-bench rows
@@ -183,6 +260,7 @@ def _row(
         "stddev_ns": round(statistics.stdev(ns)) if len(ns) > 1 else 0,
         "avg_ts": mean_tps(n_tokens, ns),
         "stddev_ts": stdev_tps(n_tokens, ns),
+        "doubts": list(result.doubts),
         "samples_ns": list(ns),
         "samples_ts": list(rates(n_tokens, ns)),
     }

@@ -102,6 +102,7 @@ class DeviceCalibration:
     speeds: tuple[SpeedModel, ...]
     samples: tuple[dict[str, float], ...]  # one row per probe file: bytes by type, layers, ns per token
     key: str
+    doubts: tuple[str, ...] = ()  # why the times may not be the device's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -469,6 +470,10 @@ class Environment:
     temperature_c: float | None
     load_average: float
     power_mode: str | None
+    throttled: str | None = None  # bits as vcgencmd says them; "0x0" is nothing
+    throttle_count: int | None = None  # of the processor, since it started
+    on_battery: bool | None = None
+    busy_s: float | None = None  # processor seconds that all programs took since the machine started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,6 +503,7 @@ class BenchResult:
     n_batch: int = 0
     build_commit: str = ""
     test_time: str = ""  # UTC, ISO 8601
+    doubts: tuple[str, ...] = ()  # why these times may not be the device's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -568,6 +574,7 @@ class Measured:
     peak_memory_bytes: int | None
     load_s: float | None
     flags: LaunchFlags | None
+    doubts: tuple[str, ...] = ()  # why the speeds may not be the device's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

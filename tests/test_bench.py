@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
 from edgeprune import bench
@@ -91,6 +94,96 @@ def test_result_survives_json_and_older_records_still_read() -> None:
     result = _result()
     assert loads(BenchResult, dumps(result)) == result
     old = dumps(result)
-    for name in ("model_type", "model_bytes", "model_params", "n_batch", "build_commit", "test_time"):
+    for name in (
+        "model_type",
+        "model_bytes",
+        "model_params",
+        "n_batch",
+        "build_commit",
+        "test_time",
+        "doubts",
+    ):
         old = "\n".join(line for line in old.splitlines() if f'"{name}"' not in line)
     assert loads(BenchResult, old.replace('"key": "k",', '"key": "k"')).n_batch == 0
+
+
+# ---------------------------------------------------------------- doubts
+
+CALM = Environment(
+    cpu="Test CPU",
+    n_cpus=4,
+    governor="performance",
+    temperature_c=40.0,
+    load_average=0.0,
+    power_mode="15W",
+    throttled="0x50000",  # it was throttled once, long ago
+    throttle_count=7,
+    on_battery=False,
+    busy_s=1000.0,
+)
+
+
+def doubts(spread: float | None = 0.02, own_s: float = 10.0, **after: object) -> tuple[str, ...]:
+    """What is said of 10 seconds in which the measurement took one processor."""
+    changed: dict[str, object] = {"busy_s": 1010.0, **after}
+    return bench.doubts(
+        CALM,
+        dataclasses.replace(CALM, **changed),  # type: ignore[arg-type]
+        elapsed_s=10.0,
+        own_s=own_s,
+        spread=spread,
+    )
+
+
+def test_a_quiet_measurement_is_not_doubted() -> None:
+    assert doubts() == ()
+    # 0.4 of 4 processors: just under the tenth that others may take
+    assert doubts(busy_s=1013.9) == () and doubts(spread=0.1) == ()
+
+
+def test_every_doubt() -> None:
+    assert doubts(throttled="0x50004") == ("the processor was throttled",)
+    assert doubts(throttle_count=8) == ("the processor was throttled",)
+    assert doubts(on_battery=True) == ("on battery",)
+    assert doubts(power_mode="MAXN") == ("the power mode changed from 15W to MAXN",)
+    assert doubts(governor="powersave") == ("the governor changed from performance to powersave",)
+    # 25 s taken in 10 s, 10 of them ours: 1.5 processors of others
+    assert doubts(busy_s=1025.0) == ("other programs used 1.5 of 4 processors",)
+    assert doubts(spread=0.144) == ("the repeats spread by 14%",)
+    assert len(doubts(spread=0.5, on_battery=True, throttled="0x1", busy_s=1090.0, power_mode=None)) == 5
+
+
+def test_what_a_system_does_not_tell_raises_no_doubt() -> None:
+    silent = dataclasses.replace(
+        CALM,
+        governor=None,
+        power_mode=None,
+        throttled=None,
+        throttle_count=None,
+        on_battery=None,
+        busy_s=None,
+    )
+    assert bench.doubts(silent, silent, elapsed_s=10.0, own_s=0.0) == ()
+    odd = dataclasses.replace(silent, throttled="unknown")
+    assert bench.doubts(odd, odd, elapsed_s=0.0, own_s=0.0) == ()
+
+
+def test_another_build_is_told_from_the_latest() -> None:
+    old = _result(key="old", build_commit="aaa")
+    new = [_result(key=f"new{i}", build_commit="bbb", test_time=f"2026-01-0{i}T00:00:00Z") for i in (1, 2)]
+    assert bench.other_builds([]) == {} and bench.other_builds(new) == {}
+    assert bench.other_builds([old, *new]) == {
+        "old": "timed with llama-cpp 0.3.36 (build aaa), others with llama-cpp 0.3.36 (build bbb)"
+    }
+
+
+def test_doubts_travel_with_the_row() -> None:
+    found = _result(doubts=("on battery",))
+    assert loads(BenchResult, dumps(found)) == found
+    assert [row["doubts"] for row in bench.to_llama_bench(found, model_filename="m.gguf")] == [
+        ["on battery"]
+    ] * 2
+    # a record of before has none
+    plain = json.loads(dumps(_result()))
+    del plain["doubts"], plain["environment"]["on_battery"]
+    assert loads(BenchResult, json.dumps(plain)) == _result()

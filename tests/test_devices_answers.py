@@ -23,7 +23,10 @@ ENVIRONMENT: dict[str, Any] = {
     "temperatures_c": {"thermal_zone0 cpu": 41.5},
     "throttled": None,
     "power_mode": None,
+    "thermal_throttle_count": "3",
     "load_average": 0.1,
+    "on_battery": None,
+    "busy_s": 12.5,
     "boot_id": "b",
 }
 GOOD: dict[str, Any] = {
@@ -65,6 +68,8 @@ GOOD: dict[str, Any] = {
         "model_bytes": 10,
         "model_params": 10,
         "build_commit": "unknown",
+        "elapsed_s": 1.5,
+        "own_s": 1.0,
         "before": ENVIRONMENT,
         "after": ENVIRONMENT,
     },

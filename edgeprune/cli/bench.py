@@ -113,6 +113,7 @@ def command(
                 f"{format_bytes(peak.peak_bytes)} with {peak.tokens_filled} tokens in the context",
             )
         )
+    pairs += [("doubt", doubt) for doubt in timed.doubts]
     echo_pairs(pairs)
 
 

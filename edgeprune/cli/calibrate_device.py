@@ -115,6 +115,7 @@ def command(
                 },
                 "type_factors": now.type_factors,
                 "probes": len(record.samples),
+                "doubts": list(record.doubts),
             }
         )
         return
@@ -133,6 +134,7 @@ def command(
                 f"{before.bandwidth_bytes_per_s / 1e9:.1f} GB/s, band x/÷ {1 + before.relative_error:.2f} "
                 f"({before.basis})",
             ),
+            *(("doubt", doubt) for doubt in record.doubts),
             ("kept in", str(calibration_path(record.target))),
         ]
     )

@@ -143,6 +143,30 @@ def _power_mode():
     return _read("/sys/firmware/acpi/platform_profile")
 
 
+def _on_battery():
+    """A battery is being emptied; None where no battery is seen."""
+    states = [_read(path) for path in glob.glob("/sys/class/power_supply/*/status")]
+    states = [state for state in states if state]
+    return any(state == "Discharging" for state in states) if states else None
+
+
+def _busy_s():
+    """Processor seconds of all programs since the machine started."""
+    first = (_read("/proc/stat") or "").partition("\n")[0].split()
+    if first[:1] != ["cpu"] or len(first) < 8:
+        return None
+    user, nice, system, _idle, _wait, irq, soft = map(int, first[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s():
+    """Processor seconds of this process and of children that have ended."""
+    import resource
+
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(found.ru_utime + found.ru_stime for found in both)
+
+
 def environment(_job=None):
     """State that changes what is measured: governor, clocks, temperature, throttling, load."""
     clocks = {}
@@ -164,6 +188,8 @@ def environment(_job=None):
         "thermal_throttle_count": _read("/sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"),
         "power_mode": _power_mode(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        "on_battery": _on_battery(),
+        "busy_s": _busy_s(),
         "boot_id": _read("/proc/sys/kernel/random/boot_id"),
     }
 
@@ -713,7 +739,7 @@ class _Life:
 
 def measure(job, life):
     """Run the engine in a process group of its own, under a memory limit if asked; kill it when told to."""
-    before = environment()
+    before, began, own = environment(), time.time(), _own_s()
     out = os.path.join(job["folder"], "result.json")
     with contextlib.suppress(OSError):
         os.unlink(out)
@@ -783,6 +809,8 @@ def measure(job, life):
         answer["ok"],
         before=before,
         after=environment(),
+        elapsed_s=max(0.0, time.time() - began),
+        own_s=_own_s() - own,
         available_drop_bytes=None if available is None else max(0, available - lowest),
         memory_limit={"bytes": limit, "by": "cgroup" if group else "RLIMIT_DATA"} if limit else None,
     )

@@ -61,7 +61,10 @@ _ENVIRONMENT: Mapping[str, Check] = {
     "temperatures_c": _table(_number),
     "throttled": _maybe(_text),
     "power_mode": _maybe(_text),
+    "thermal_throttle_count": _maybe(_text),
     "load_average": _number,
+    "on_battery": lambda v: v is None or isinstance(v, bool),
+    "busy_s": _maybe(_number),
     "boot_id": _maybe(_text),
 }
 _SUSTAINED: Mapping[str, Check] = {
@@ -110,6 +113,8 @@ FORMS: Mapping[str, Mapping[str, Check]] = {
         "model_bytes": _whole,
         "model_params": _whole,
         "build_commit": _text,
+        "elapsed_s": _number,
+        "own_s": _number,
         "before": _form(_ENVIRONMENT),
         "after": _form(_ENVIRONMENT),
     },

@@ -99,14 +99,20 @@ def describe(target: DeviceTarget, *, probe_seconds: float = 0.5) -> DeviceTarge
 
 
 def environment() -> Environment:
-    """State of this machine now: clock governor, temperature and load."""
+    """State of this machine now: clock governor, temperature, power, load."""
+    throttled = _output("vcgencmd", "get_throttled")
+    count = _read(Path("/sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"))
     return Environment(
         cpu=cpu_name(_cpuinfo()),
         n_cpus=available_threads(),
         governor=_read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
         temperature_c=_temperature(),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        power_mode=None,
+        power_mode=_read(Path("/sys/firmware/acpi/platform_profile")),
+        throttled=None if throttled is None else throttled.partition("=")[2] or None,
+        throttle_count=int(count) if count is not None and count.isdigit() else None,
+        on_battery=_on_battery(),
+        busy_s=_busy_s(),
     )
 
 
@@ -284,6 +290,25 @@ def _temperature() -> float | None:
     return max(zones) if zones else None
 
 
+def _on_battery() -> bool | None:
+    """A battery is being emptied; None where no battery is seen."""
+    states = [_read(path) for path in sorted(Path("/sys/class/power_supply").glob("*/status"))]
+    if platform.system() == "Darwin":
+        said = _output("pmset", "-g", "batt")
+        states = [] if said is None or "InternalBattery" not in said else ["Discharging"]
+        states = [] if said is not None and "AC Power" in said else states
+    return any(state == "Discharging" for state in states) if states else None
+
+
+def _busy_s() -> float | None:
+    """Processor seconds of all programs since the machine started; waiting for disks is not counted."""
+    first = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
+    if first[:1] != ["cpu"] or len(first) < 8:
+        return None
+    user, nice, system, _idle, _wait, irq, soft = map(int, first[1:8])
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip() or None
@@ -292,8 +317,12 @@ def _read(path: Path) -> str | None:
 
 
 def _sysctl(name: str) -> str | None:
+    return _output("sysctl", "-n", name)
+
+
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -6,18 +6,25 @@ import dataclasses
 import datetime
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeprune import registry, rundir
+from edgeprune import bench, registry, rundir
 from edgeprune.config.targets import calibration_path, load_target
 from edgeprune.costs import speed as speed_costs
 from edgeprune.costs import speed_fit
 from edgeprune.devices import local
 from edgeprune.devices._session import Session
 from edgeprune.errors import ConfigError, DeviceError, StageError
-from edgeprune.records import DeviceCalibration, DeviceTarget, SpeedModel, dumps, make_key
+from edgeprune.records import (
+    DeviceCalibration,
+    DeviceTarget,
+    Environment,
+    SpeedModel,
+    dumps,
+    make_key,
+)
 
 # a calibrated device: files it was not calibrated with, at 80% (benchmarks/calibration.py)
 ERROR, PREFILL_ERROR = 0.10, 0.35
@@ -58,6 +65,23 @@ def open_session(
     )
 
 
+def state_of(answer: Mapping[str, Any], *, cpu: str, threads: int) -> Environment:
+    """A device's answer about its state, as a record."""
+    count = answer.get("thermal_throttle_count")
+    return Environment(
+        cpu=cpu,
+        n_cpus=threads,
+        governor=answer["governor"],
+        temperature_c=max(answer["temperatures_c"].values(), default=None),
+        load_average=answer["load_average"],
+        power_mode=answer["power_mode"],
+        throttled=answer["throttled"],
+        throttle_count=int(count) if count is not None and count.isdigit() else None,
+        on_battery=answer["on_battery"],
+        busy_s=answer["busy_s"],
+    )
+
+
 def calibrate(
     target_name: str,
     session: Session,
@@ -70,7 +94,8 @@ def calibrate(
 ) -> tuple[DeviceCalibration, SpeedModel]:
     """Time probe files until `seconds` are over, fit, and write the user's profile of the target.
 
-    Returns it with the speed model that was known before. Raises DeviceError when nothing could be timed.
+    Returns it with the speed model that was known before. Raises DeviceError when nothing could be timed,
+    StageError when the power mode changed meanwhile: there is nothing such times would describe.
     """
     target, _ = load_target(target_name)
     session.preflight(arch=None if target.local else target.arch, mode=mode, disk_bytes=_MOST)
@@ -81,6 +106,7 @@ def calibrate(
     before = speed_costs.speed_model(_published(target), mode=mode, backend=backend, threads=threads)
     began = time.monotonic()
     probes, samples, spreads, engine, compute = [], [], [], "", None
+    doubts: dict[str, str] = {}  # each once, by its first words
     for shape, n_prompt in plan(facts["cache_bytes"]):
         spent = time.monotonic() - began
         if probes and spent + spent / len(probes) > seconds:
@@ -114,6 +140,14 @@ def calibrate(
         )
         if compute is None:
             compute = 2 * found["model_params"] * n_prompt * 1e9 / statistics.median(found["prefill_ns"])
+        states = [state_of(found[w], cpu=facts["cpu"], threads=facts["threads"]) for w in ("before", "after")]
+        if states[0].power_mode != states[1].power_mode:
+            raise StageError(
+                f"the power mode changed from {states[0].power_mode} to {states[1].power_mode} meanwhile",
+                "hold one mode and calibrate again; nothing was kept",
+            )
+        for doubt in bench.doubts(*states, elapsed_s=found["elapsed_s"], own_s=found["own_s"]):
+            doubts.setdefault(" ".join(doubt.split()[:3]), doubt)
         spreads.append(statistics.stdev(found["decode_ns"]) / statistics.median(found["decode_ns"]))
         probes.append(probe)
         samples.append({**{k: float(v) for k, v in probe.amounts().items()}, "ns": probe.ns})
@@ -122,7 +156,9 @@ def calibrate(
         raise StageError("no probe file could be timed within the time given", "give more with --seconds")
     noise = statistics.median(spreads)
     if noise > ERROR / 2:
-        say(f"repeats spread by {noise:.0%}: other programs were running; do it again on a quiet device")
+        doubts["spread"] = f"the repeats spread by {noise:.0%}"
+    for doubt in doubts.values():
+        say(f"{doubt}: do it again on a quiet device")
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     fitted = speed_fit.fit(probes, before)
     model = dataclasses.replace(
@@ -143,6 +179,7 @@ def calibrate(
         speeds=_with_other_modes(target.name, facts["cpu"], model),
         samples=tuple(samples),
         key=make_key("device_calibration", target.name, facts["cpu"], now, samples),
+        doubts=tuple(doubts.values()),
     )
     path = calibration_path(target.name)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,6 @@ from edgeprune.records import (
     BenchProtocol,
     BenchResult,
     DeviceTarget,
-    Environment,
     LaunchFlags,
     MemoryResult,
     make_key,
@@ -128,8 +127,10 @@ class DeviceBench:
                 "flags": to_plain(flags),
             },
         )
-        before = found["before"]
-        temperatures = before["temperatures_c"].values()
+        state, after = (
+            calibrating.state_of(found[when], cpu=self.session.facts["cpu"], threads=self.threads())
+            for when in ("before", "after")
+        )
         return BenchResult(
             artifact_sha256=sha256,
             device=self.name,
@@ -144,14 +145,7 @@ class DeviceBench:
             decode_ns=tuple(found["decode_ns"]),
             load_ns=found["load_ns"],
             thread_sweep=found["sweep"],
-            environment=Environment(
-                cpu=self.session.facts["cpu"],
-                n_cpus=self.threads(),
-                governor=before["governor"],
-                temperature_c=max(temperatures, default=None),
-                load_average=before["load_average"],
-                power_mode=before["power_mode"],
-            ),
+            environment=state,
             key=key,
             model_type=found["model_type"],
             model_bytes=found["model_bytes"],
@@ -159,6 +153,13 @@ class DeviceBench:
             n_batch=found["n_batch"],
             build_commit=found["build_commit"],
             test_time=began.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            doubts=bench.doubts(
+                state,
+                after,
+                elapsed_s=found["elapsed_s"],
+                own_s=found["own_s"],
+                spread=bench.relative_spread(protocol.new_tokens, found["decode_ns"]),
+            ),
         )
 
     def drop(self, sha256: str) -> None:

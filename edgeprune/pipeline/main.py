@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from edgeprune.pipeline.parent import Parent, open_parent, with_query_heads
 from edgeprune.planner import Lane
 from edgeprune.progress import Progress
 from edgeprune.records import (
+    BenchResult,
     Budget,
     Candidate,
     DeviceTarget,
@@ -383,7 +385,8 @@ class _Job:
             progress=self.progress,
         )
         results = self._lanes(shop, planned, ladder.plans[0])
-        candidates = [self._candidate(shop, result) for result in results]
+        builds = bench.other_builds([r.bench for r in results if r.bench is not None])
+        candidates = [self._candidate(shop, result, builds) for result in results]
         candidates = [
             dataclasses.replace(c, meets=selection.check_limits(self.budget, c)) for c in candidates
         ]
@@ -558,7 +561,9 @@ class _Job:
                     shop.drop_master(group[0].plan, keep=any(x.quantization == "F16" for x in group))
         return [done.get(lane.id) or lanes.LaneResult(lane=lane) for lane in planned]
 
-    def _candidate(self, shop: lanes.Workshop, result: lanes.LaneResult) -> Candidate:
+    def _candidate(
+        self, shop: lanes.Workshop, result: lanes.LaneResult, builds: Mapping[str, str]
+    ) -> Candidate:
         lane, plan = result.lane, result.lane.plan
         measured = None
         if result.memory is not None:
@@ -579,6 +584,7 @@ class _Job:
                 peak_memory_bytes=result.memory.peak_bytes,
                 load_s=result.memory.load_ns / 1e9,
                 flags=result.memory.flags,
+                doubts=() if timed is None else _doubts(timed, builds),
             )
         summary = None
         if result.quality is not None:
@@ -633,6 +639,11 @@ class _Job:
             return arrays[name]
 
         return lambda a, b: quality.paired_difference(per_token(a), per_token(b)).tie
+
+
+def _doubts(timed: BenchResult, builds: Mapping[str, str]) -> tuple[str, ...]:
+    other = builds.get(timed.key)
+    return (*timed.doubts, other) if other else timed.doubts
 
 
 def local_name() -> str:

@@ -311,3 +311,15 @@ def _speed_unknown(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | N
         predicted_tps_low=low,
         predicted_tps_high=high,
     )
+
+
+def doubt_lines(report: Mapping[str, Any]) -> list[str]:
+    """Each candidate whose speeds may not be the device's own, with why."""
+    out = []
+    for c in report["candidates"]:
+        # said by the mark already
+        found = (c["measured"] or {}).get("doubts") or ()
+        shown = [d for d in found if not d.startswith("the repeats spread")]
+        if shown:
+            out.append(f"{c['id']} was timed in doubtful conditions: {'; '.join(shown)}")
+    return out

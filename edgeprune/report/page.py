@@ -23,6 +23,7 @@ from markupsafe import Markup
 from edgeprune import rundir
 from edgeprune.errors import ConfigError
 from edgeprune.report import charts
+from edgeprune.report.answers import doubt_lines
 from edgeprune.units import format_bytes
 
 FILE_NAME = "report.html"
@@ -187,6 +188,7 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "benchmarks": _benchmarks(report),
         "vocabulary": report.get("vocabulary"),
         "power_modes": list(report.get("power_modes") or ()),
+        "doubts": doubt_lines(report),
         "bundle": _bundle(report),
         "targets": list(report.get("targets") or ()),
     }

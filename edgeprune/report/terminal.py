@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edgeprune.report import benchmarks
+from edgeprune.report import answers, benchmarks
 from edgeprune.units import format_bytes
 
 _WIDTH = 120
@@ -27,9 +27,9 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
         )
         console.print()
     console.print(report["headline"], soft_wrap=True)
-    for answer in report.get("answers") or ():
-        if answer["code"] not in _SAID:
-            console.print(f"- {answer['text']}", soft_wrap=True)
+    for said in report.get("answers") or ():
+        if said["code"] not in _SAID:
+            console.print(f"- {said['text']}", soft_wrap=True)
     model, target, profile = report["model"], report["target"], report["profile"]
     workload = profile["workload"]
     console.print(
@@ -130,12 +130,11 @@ def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
         p, m, q = c["predicted"], c["measured"], c["quality"]
         missed = [name for name, ok in c["meets"].items() if not ok]
         limits = "failed" if c["error"] else "misses " + ", ".join(missed) if missed else "met"
-        size = c["artifact"]["bytes"] if c["artifact"] else p["file_bytes"]
         table.add_row(
             _mark(report, c),
             c["id"],
             f"{100 * c['ratio']:.1f}",
-            f"{size / 1e6:.1f}",
+            f"{c['artifact']['bytes'] / 1e6:.1f}" if c["artifact"] else "-",
             f"{p['peak_memory_bytes'] / 1e6:.0f}",
             "-" if not m or m["peak_memory_bytes"] is None else f"{m['peak_memory_bytes'] / 1e6:.0f}",
             "-" if p["decode_tps"] is None else f"{p['decode_tps_low']:.0f}-{p['decode_tps_high']:.0f}",
@@ -158,6 +157,7 @@ def _footnotes(report: Mapping[str, Any]) -> str:
     lines = ["> selected, = quality cannot be told from it; pred. predicted, meas. measured"]
     if any(c["measured"] and c["measured"]["noisy"] for c in report["candidates"]):
         lines.append("~ the repeats spread by more than 10%: something else was using the machine")
+    lines += answers.doubt_lines(report)
     evaluation = report["evaluation"]
     if evaluation:
         dense = "unknown" if report["dense_perplexity"] is None else f"{report['dense_perplexity']:.2f}"
