@@ -253,13 +253,41 @@ def test_counts_and_golds_of_the_local_data(task: str) -> None:
         assert sum(golds) == 2033  # its official share of yes, 62.17%
 
 
+DEV_COUNTS = {"arc_easy": ("ARC-Easy-Dev", 570), "arc_challenge": ("ARC-Challenge-Dev", 299)}
+
+
+@pytest.mark.parametrize("task", [pytest.param(t, marks=needs_data) for t in DEV_COUNTS])
+def test_the_dev_split_of_arc_has_the_same_layout(task: str) -> None:
+    """It is not what the harness scores, so only a file named by hand is read as one."""
+    name, count = DEV_COUNTS[task]
+    path = DATA / f"arc/{name}.jsonl"
+    rows = localdata.read_task(path, task)
+    assert len(rows) == count
+    raw = [json.loads(line) for line in path.open(encoding="utf-8")]
+    assert [r["answerKey"] for r in rows] == [r["answerKey"] for r in raw]
+    # letters or digits, three to five choices: the gold is always one of them
+    assert {GOLD[task](r) for r in rows} <= set(range(5))
+    test = localdata.task_file(DATA, task)
+    assert test is not None and test.name == path.name.replace("Dev", "Test")
+    assert not {r["id"] for r in rows} & {r["id"] for r in localdata.read_task(test, task)}
+
+
+# the end of a line is a token too
+WIKITEXT = {"wiki.test.raw": 245_569, "wiki.valid.tokens": 217_646, "wiki.train.tokens": 2_088_628}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_data) for n in WIKITEXT])
+def test_the_local_wikitext_has_its_words(name: str) -> None:
+    text = (DATA / "wikitext-2" / name).read_text(encoding="utf-8")
+    assert len(text.split()) + text.count("\n") == WIKITEXT[name]
+
+
 @pytest.mark.parametrize("text", [pytest.param("wikitext2", marks=needs_data)])
-def test_the_local_wikitext_has_its_rows_and_words(text: str) -> None:
+def test_the_local_wikitext_is_read_whole(text: str) -> None:
     path = localdata.text_file(DATA, text)
-    assert path is not None
+    assert path is not None and path.name == "wiki.test.raw"
     assert path.read_text(encoding="utf-8").count("\n") == 4358
-    # joining adds no word: 4,358 rows have 245,569 words with the ends of lines counted, less those here
-    assert len(localdata.read_text(path, text).split()) == len(path.read_text(encoding="utf-8").split())
+    assert len(localdata.read_text(path, text).split()) == 245_569 - 4358
 
 
 @pytest.mark.parametrize("task", [pytest.param("hellaswag", marks=needs_data)])
