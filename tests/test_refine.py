@@ -12,9 +12,12 @@ import torch
 from click.testing import CliRunner
 
 import edgeprune
-from edgeprune import checkpoint, graph, planner, surgery
+from edgeprune import checkpoint, graph, planner, rundir, surgery, tokenizer
 from edgeprune.cli.main import cli
 from edgeprune.errors import EdgepruneError
+from edgeprune.pipeline import prepare, refine
+from edgeprune.pipeline.parent import open_parent
+from edgeprune.progress import Silent
 from tests import builders
 
 WORDS = "the cat sat on a mat and the dog ran to the old red house by the sea "
@@ -212,3 +215,25 @@ def test_every_allocator_is_named_in_the_help() -> None:
     text = CliRunner().invoke(cli, ["prune", "--help"]).output
     for name in planner.ALLOCATORS:
         assert name in text
+
+
+def test_where_training_follows_the_end_of_the_text_is_not_solved_on(model: Path, tmp_path: Path) -> None:
+    # the last tenth is of another word, which a recovery would be validated on
+    path = tmp_path / "t.txt"
+    path.write_text("cat " * 3600 + "sea " * 400)
+    with rundir.RunDir(tmp_path / "run") as run:
+        parent = open_parent(str(model), run)
+        tokens = prepare.Tokens(run, parent, Silent())
+        last = set(tokenizer.encode(parent.folder, "sea ")) - set(tokenizer.encode(parent.folder, "cat "))
+        assert last
+
+        def windows(trained_on: bool) -> np.ndarray:
+            found = refine.text_for(
+                tokens, parent, str(path), samples=10_000, length=32, seed=0, trained_on=trained_on
+            )
+            return found.windows
+
+        whole, spared = windows(False), windows(True)
+    assert np.isin(whole, list(last)).any()
+    assert not np.isin(spared, list(last)).any()
+    assert spared.size / whole.size == pytest.approx(0.85, abs=0.02)

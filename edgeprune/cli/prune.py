@@ -160,6 +160,7 @@ def command(
                     steps=steps,
                     compensation=compensation,
                     compensation_samples=compensation_samples,
+                    trained_on=recipe is not None and recipe.data == calibration,
                 ),
                 trim=trimming.Trim(trim_vocab, trim_check),
                 progress=progress,

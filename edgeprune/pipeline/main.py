@@ -348,7 +348,11 @@ class _Job:
         if refined:
             samples, length, seed = solved_on
             text = refine.text_for(
-                tokens, self.parent, options.calibration, samples=samples, length=length, seed=seed
+                *(tokens, self.parent, options.calibration),
+                samples=samples,
+                length=length,
+                seed=seed,
+                trained_on=options.recovery is not None and options.recovery.data == options.calibration,
             )
             if any(planner.load_allocator(name).curves for name in recipe.allocators):
                 space = refine.with_curves(

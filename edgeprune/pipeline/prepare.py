@@ -61,14 +61,18 @@ class Tokens:
         return self._written[wanted]
 
     def get(
-        self, text: str | None, *, n_samples: int, n_tokens: int, seed: int
+        self, text: str | None, *, n_samples: int, n_tokens: int, seed: int, first: float = 1.0
     ) -> tuple[TokenSet, np.ndarray]:
-        """Windows [n_samples, n_tokens] from `text` (file or data set), or sampled from the model."""
+        """Windows [n_samples, n_tokens] from `text` (file or data set), or sampled from the model.
+
+        Of a text only the share `first` is used, from its beginning.
+        """
         run, parent = self._run, self._parent
         origin = "sampled from the model" if text is None else text
         content = None
         if text is not None:
             content = data.read_text(text)
+            content = content[: round(first * len(content))]
             key_text = rundir.sha256_bytes(content.encode())
         else:
             key_text = "self"

@@ -80,6 +80,7 @@ class Cut:
     rechoose: bool = False  # with ridge: units by what they add to the compensated model
     compensation: str = "none"
     compensation_samples: int = 64  # windows of 512 tokens
+    trained_on: bool = False  # a recovery follows on the same text
 
 
 @contextlib.contextmanager
@@ -262,6 +263,7 @@ def prune(
                 samples=cut.compensation_samples,
                 length=refine.WINDOW if on.text is not None else refine.WRITTEN_WINDOW,
                 seed=on.seed,
+                trained_on=cut.trained_on,
             )
         widths = None
         if is_sequential(options):
