@@ -1,11 +1,14 @@
 """Tokenizers both ways: a Hugging Face folder to GGUF metadata, and GGUF metadata to a folder.
 
-Byte-level BPE (GGUF model 'gpt2') and SentencePiece BPE with byte fallback (GGUF model 'llama').
+Byte-level BPE (GGUF model 'gpt2'), SentencePiece BPE with byte fallback (GGUF model 'llama') and
+SentencePiece unigram without it (GGUF model 't5').
 Splitting rules are those llama.cpp knows by name (facts: `src/llama-vocab.cpp`).
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,10 +77,18 @@ def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
     if path.is_file():
         data = _read_json(path)
         model = data.get("model")
-        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
-            raise UnsupportedModelError(f"{path}: not a BPE tokenizer")
+        if not isinstance(model, dict):
+            raise UnsupportedModelError(f"{path}: neither a BPE nor a unigram tokenizer")
+        unigram = model.get("type") == "Unigram" and "vocab" in model
+        if not unigram and (model.get("type", "BPE") != "BPE" or "merges" not in model):
+            raise UnsupportedModelError(f"{path}: neither a BPE nor a unigram tokenizer")
         try:
-            if model.get("byte_fallback") or not _ends_in_bytes(data):
+            if unigram:
+                pieces = [(str(t), float(s)) for t, s in model["vocab"]]
+                ids_of = {t: i for i, (t, _) in enumerate(pieces)}
+                data["model"] = model = {**model, "vocab": ids_of, "scores": dict(pieces)}
+                out = _unigram_from_json(path, data, size)
+            elif model.get("byte_fallback") or not _ends_in_bytes(data):
                 out = _sentencepiece_from_json(root, data, size)
             else:
                 out = _byte_level(path, data, size)
@@ -86,15 +97,24 @@ def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
             raise ConfigError(f"{path}: damaged: {error!r:.100}") from None
         ids = dict(model["vocab"]) | {content: i for i, content in added}
     elif (root / "tokenizer.model").is_file():
-        tokens, scores, kinds, prefix = _read_sentencepiece(root / "tokenizer.model")
+        proto = root / "tokenizer.model"
+        tokens, scores, kinds, prefix = _read_sentencepiece(proto)
         _apply_added(tokens, scores, kinds, settings)
-        out = _sentencepiece_kvs(root, tokens, scores, kinds, prefix, size)
+        if _sentencepiece_kind(proto) == _UNIGRAM:
+            out = _unigram_kvs(proto, tokens, scores, kinds, _normalization(proto), size)
+        else:
+            out = _sentencepiece_kvs(root, tokens, scores, kinds, prefix, size)
         ids = {t: i for i, t in enumerate(tokens)}
     else:
         raise ConfigError(
             f"{root} has no tokenizer.json and no tokenizer.model", "is this a complete model folder?"
         )
-    return out + _special_kvs(root, settings, config, ids) + _chat_template(root, settings)
+    unknown = None
+    if out[0].value == "t5":
+        # llama.cpp's own guess is 2, whatever stands there
+        kinds = next(kv.value for kv in out if kv.key.endswith(".token_type"))
+        unknown = kinds.index(UNKNOWN)
+    return out + _special_kvs(root, settings, config, ids, unknown) + _chat_template(root, settings)
 
 
 def _read_json(path: Path, *, needed: bool = True) -> dict[str, Any]:
@@ -264,9 +284,9 @@ def _sentencepiece_kind(path: Path) -> int | None:
 
 def _read_sentencepiece(path: Path) -> tuple[list[str], list[float], list[int], bool]:
     """Pieces, scores, types, and whether a space is put before the text."""
-    if _sentencepiece_kind(path) not in (None, 2):
+    if _sentencepiece_kind(path) not in (None, _UNIGRAM, 2):
         raise UnsupportedModelError(
-            f"{path}: a SentencePiece model that is not BPE", "GGUF's 'llama' tokenizer merges as BPE does"
+            f"{path}: a SentencePiece model of words or characters", "GGUF has BPE and unigram"
         )
     library = registry.library("sentencepiece", "torch")
     processor = library.SentencePieceProcessor()
@@ -274,20 +294,14 @@ def _read_sentencepiece(path: Path) -> tuple[list[str], list[float], list[int], 
         processor.LoadFromFile(str(path))
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"{path}: not a SentencePiece model: {error!s:.80}") from None
-    tokens, scores, kinds = [], [], []
-    for i in range(processor.GetPieceSize()):
-        kind = NORMAL
-        if processor.IsUnknown(i):
-            kind = UNKNOWN
-        elif processor.IsControl(i):
-            kind = CONTROL
-        elif processor.IsUnused(i):
-            kind = UNUSED
-        elif processor.IsByte(i):
-            kind = BYTE
-        tokens.append(processor.IdToPiece(i))
-        scores.append(processor.GetScore(i))
-        kinds.append(kind)
+    size = range(processor.GetPieceSize())
+    tokens = [processor.IdToPiece(i) for i in size]
+    scores = [processor.GetScore(i) for i in size]
+    # the types have GGUF's numbers; the library does not tell which pieces are the user's own
+    pieces = [spec for number, spec in _fields(path.read_bytes()) if number == 1 and isinstance(spec, bytes)]
+    kinds = [next((v for n, v in _fields(p) if n == 3 and isinstance(v, int)), NORMAL) for p in pieces]
+    if len(kinds) != len(tokens) or not all(NORMAL <= k <= BYTE for k in kinds):
+        raise ConfigError(f"{path}: not a SentencePiece model: pieces of unknown types")
     prefix = bool(processor.EncodeAsPieces("a")) and processor.EncodeAsPieces("a")[0].startswith(_SPACE)
     return tokens, scores, kinds, prefix
 
@@ -323,8 +337,147 @@ def _sentencepiece_kvs(
     ]
 
 
+_UNIGRAM = 1  # in SentencePiece's `trainer_spec.model_type`
+_SPACES, _LAST_SPACES = " {2,}", " +$"  # how tokenizer.json finds runs of spaces, and those at the end
+
+
+@dataclass(frozen=True, slots=True)
+class _Normalization:
+    """What SentencePiece does to a text before it is cut."""
+
+    charsmap: bytes = b""  # compiled replacements, empty where there are none
+    prefix: bool = True  # a space goes before the text
+    merge: bool = True  # runs of spaces become one, those at the ends go
+
+
+def _normalization(path: Path) -> _Normalization:
+    """`normalizer_spec` of a SentencePiece file. Raises UnsupportedModelError for what GGUF cannot say."""
+    out = _Normalization()
+    for number, spec in _fields(path.read_bytes()):
+        found = dict(_fields(spec)) if isinstance(spec, bytes) and number in (2, 3) else {}
+        if (number == 2 and found.get(24)) or (number == 3 and not found.get(5, 1)):
+            raise UnsupportedModelError(
+                f"{path}: unigram with spaces behind words, or kept as they are",
+                "llama.cpp knows spaces before words only; ONNX takes any tokenizer",
+            )
+        if number == 3:
+            charsmap = found.get(2)
+            out = _Normalization(
+                charsmap if isinstance(charsmap, bytes) else b"",
+                prefix=bool(found.get(3, 1)),
+                merge=bool(found.get(4, 1)),
+            )
+    return out
+
+
+def _spaces_only(charsmap: bytes) -> bool:
+    """Does it leave no white space but spaces? `Strip` takes line ends too, llama.cpp only spaces."""
+    if not charsmap:
+        return False
+    normalizer = registry.library("tokenizers", "torch").normalizers.Precompiled(charsmap)
+    return not normalizer.normalize_str("\n\t\r").strip(" ")
+
+
+def _unigram_from_json(path: Path, data: dict[str, Any], size: int | None) -> list[KeyValue]:
+    """`data` has its vocabulary as a mapping to ids, and the scores beside it."""
+    model = data["model"]
+    charsmap, merge, end = b"", False, False
+    odd = []
+    for step in _parts(data.get("normalizer"), "normalizers"):
+        kind = step.get("type")
+        if kind == "Precompiled":
+            try:
+                charsmap = base64.b64decode(step["precompiled_charsmap"] or "", validate=True)
+            except binascii.Error:
+                raise ConfigError(f"{path}: damaged: precompiled_charsmap is not base64") from None
+        elif (kind == "Strip" and step.get("strip_right") and _spaces_only(charsmap)) or (
+            kind == "Replace" and step["pattern"] == {"Regex": _LAST_SPACES} and step["content"] == ""
+        ):
+            end = True
+        elif kind == "Replace" and step["pattern"] == {"Regex": _SPACES} and step["content"] in (" ", _SPACE):
+            merge = True
+        else:
+            odd.append(f"normalizer {kind}")
+    before = _parts(data.get("pre_tokenizer"), "pretokenizers")
+    odd += [f"pre-tokenizer {s.get('type')}" for s in before if s.get("type") != "Metaspace"]
+    if odd or len(before) != 1 or merge is not end:
+        raise UnsupportedModelError(
+            f"{path}: unigram with {odd[0] if odd else 'spaces handled unlike SentencePiece'}",
+            "llama.cpp cannot be told that; ONNX takes any tokenizer",
+        )
+    scheme = before[0].get("prepend_scheme", "always")
+    if scheme == "first":
+        raise UnsupportedModelError(
+            f"{path}: unigram with a space before the first piece of a text only",
+            "llama.cpp puts one behind special tokens too; ONNX takes any tokenizer",
+        )
+    tokens, kinds = _vocabulary(path, data, size)
+    scores = [model["scores"].get(t, -10000.0) for t in tokens]
+    if isinstance(model.get("unk_id"), int) and 0 <= model["unk_id"] < len(kinds):
+        kinds[model["unk_id"]] = UNKNOWN
+    if model.get("byte_fallback"):
+        kinds = [
+            BYTE if k == NORMAL and len(t) == 6 and t.startswith("<0x") else k
+            for t, k in zip(tokens, kinds, strict=True)
+        ]
+    across = any(_SPACE in t[1:] for t, k in zip(tokens, kinds, strict=True) if k == NORMAL)
+    if across and before[0].get("split", True):
+        raise UnsupportedModelError(
+            f"{path}: unigram with pieces across spaces, cut at spaces all the same",
+            "llama.cpp would use those pieces; ONNX takes any tokenizer",
+        )
+    return _unigram_kvs(
+        path, tokens, scores, kinds, _Normalization(charsmap, scheme == "always", merge), size
+    )
+
+
+def _unigram_kvs(
+    path: Path,
+    tokens: list[str],
+    scores: list[float],
+    kinds: list[int],
+    how: _Normalization,
+    size: int | None,
+) -> list[KeyValue]:
+    if BYTE in kinds:
+        raise UnsupportedModelError(
+            f"{path}: unigram with byte fallback",
+            "llama.cpp's unigram has none and would write <unk> instead; ONNX takes any tokenizer",
+        )
+    if UNKNOWN not in kinds:
+        raise UnsupportedModelError(f"{path}: unigram without an unknown token", "llama.cpp needs one")
+    # with one and without the other its texts differ at their ends
+    if how.prefix is not how.merge:
+        raise UnsupportedModelError(
+            f"{path}: unigram that {'adds a space' if how.prefix else 'merges spaces'} and does not "
+            f"{'merge spaces' if how.prefix else 'add one'}",
+            "llama.cpp treats the ends of such a text in another way; ONNX takes any tokenizer",
+        )
+    _check_size(path, len(tokens), size)
+    for i in range(len(tokens), size or 0):
+        tokens.append(f"[PAD{i}]")
+        scores.append(-10000.0)
+        kinds.append(UNUSED)
+    made = [
+        KeyValue("tokenizer.ggml.model", "STRING", "t5"),
+        KeyValue("tokenizer.ggml.pre", "STRING", "default"),
+        KeyValue("tokenizer.ggml.tokens", "ARRAY", tuple(tokens), "STRING"),
+        KeyValue("tokenizer.ggml.scores", "ARRAY", tuple(scores), "FLOAT32"),
+        KeyValue("tokenizer.ggml.token_type", "ARRAY", tuple(kinds), "INT32"),
+        KeyValue("tokenizer.ggml.add_space_prefix", "BOOL", how.prefix),
+        KeyValue("tokenizer.ggml.remove_extra_whitespaces", "BOOL", how.merge),
+    ]
+    if how.charsmap:
+        made.append(KeyValue("tokenizer.ggml.precompiled_charsmap", "ARRAY", tuple(how.charsmap), "UINT8"))
+    return made
+
+
 def _special_kvs(
-    root: Path, settings: dict[str, Any], config: dict[str, Any], ids: Mapping[str, int]
+    root: Path,
+    settings: dict[str, Any],
+    config: dict[str, Any],
+    ids: Mapping[str, int],
+    unknown: int | None,
 ) -> list[KeyValue]:
     found: dict[str, int] = {}
     for name in _SPECIAL_IDS:
@@ -336,6 +489,8 @@ def _special_kvs(
             value = value[0] if isinstance(value, list) and value else value
         if type(value) is int and value >= 0:
             found[name] = value
+    if "unk" not in found and unknown is not None:
+        found["unk"] = unknown
     out = [KeyValue(f"tokenizer.ggml.{_SPECIAL_IDS[n]}_token_id", "UINT32", i) for n, i in found.items()]
     first, last = _wrapping(root, found)
     for name, seen in (("bos", first), ("eos", last)):
@@ -377,8 +532,8 @@ def write_hf(kvs: Sequence[KeyValue], folder: str | Path) -> None:
     root = Path(folder)
     values = {kv.key.removeprefix("tokenizer.ggml."): kv.value for kv in kvs}
     kind = values.get("model")
-    if kind not in ("gpt2", "llama"):
-        raise UnsupportedModelError(f"GGUF tokenizer {kind!r:.40} is not supported", "known: gpt2, llama")
+    if kind not in ("gpt2", "llama", "t5"):
+        raise UnsupportedModelError(f"GGUF tokenizer {kind!r:.40} is not supported", "known: gpt2, llama, t5")
     tokens = _strings(values, "tokens")
     kinds = list(values.get("token_type") or [NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
@@ -387,7 +542,12 @@ def write_hf(kvs: Sequence[KeyValue], folder: str | Path) -> None:
         value = values.get(f"{name}_token_id")
         if value is not None and (type(value) is not int or not 0 <= value < len(tokens)):
             raise ConfigError(f"tokenizer metadata: {name}_token_id is {value!r:.40} of {len(tokens)} tokens")
-    data = _byte_level_json(values, tokens) if kind == "gpt2" else _sentencepiece_json(values, tokens, kinds)
+    if kind == "gpt2":
+        data = _byte_level_json(values, tokens)
+    elif kind == "llama":
+        data = _sentencepiece_json(values, tokens, kinds)
+    else:
+        data = _unigram_json(values, tokens, kinds)
     data["added_tokens"] = [
         {
             "id": i,
@@ -403,9 +563,9 @@ def write_hf(kvs: Sequence[KeyValue], folder: str | Path) -> None:
     ]
     # rows that only fill up the embedding are no tokens
     vocab = data["model"]["vocab"]
-    for i, token in enumerate(tokens):
-        if kinds[i] == UNUSED and token == f"[PAD{i}]":
-            del vocab[token]
+    for i, token in reversed(list(enumerate(tokens))):
+        if kinds[i] == UNUSED and token == f"[PAD{i}]" and (kind != "t5" or i == len(vocab) - 1):
+            del vocab[i if kind == "t5" else token]
     data["post_processor"] = _post_processor(values, tokens, kind)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -518,11 +678,60 @@ def _sentencepiece_json(values: Mapping[str, Any], tokens: list[str], kinds: lis
     return data
 
 
+def _unigram_json(values: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+    scores = values.get("scores")
+    if not isinstance(scores, tuple | list) or len(scores) != len(tokens):
+        raise ConfigError("tokenizer metadata: 'scores' is missing or of another length than 'tokens'")
+    prefix, merge = values.get("add_space_prefix", False), values.get("remove_extra_whitespaces", False)
+    if prefix is not merge:
+        raise UnsupportedModelError(
+            "GGUF tokenizer 't5' that adds a space without merging runs of them, or merges without adding"
+        )
+    charsmap = values.get("precompiled_charsmap") or ()
+    try:
+        packed = bytes(b % 256 for b in charsmap)
+    except TypeError:
+        raise ConfigError(
+            "tokenizer metadata: 'precompiled_charsmap' holds something that is no byte"
+        ) from None
+    steps: list[dict[str, Any]] = []
+    if packed:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(packed).decode()})
+    if merge:
+        steps.append({"type": "Replace", "pattern": {"Regex": _LAST_SPACES}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": _SPACES}, "content": _SPACE})
+    across = any(_SPACE in t[1:] for t, k in zip(tokens, kinds, strict=True) if k == NORMAL)
+    space = {
+        "type": "Metaspace",
+        "replacement": _SPACE,
+        "prepend_scheme": "always" if prefix else "never",
+        "split": not across,
+    }
+    unknown = values.get("unknown_token_id", 2)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
+        "pre_tokenizer": space,
+        "decoder": space,
+        "model": {
+            "type": "Unigram",
+            "unk_id": unknown,
+            "byte_fallback": False,
+            "vocab": [[t, float(s)] for t, s in zip(tokens, scores, strict=True)],
+        },
+    }
+
+
 def _post_processor(values: Mapping[str, Any], tokens: list[str], kind: str) -> dict[str, Any] | None:
     single: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
     used: dict[str, Any] = {}
     # llama.cpp's own defaults where the file says nothing
-    on = {"bos": kind == "llama" or values.get("pre") in ("llama-bpe", "llama3", "llama-v3"), "eos": False}
+    on = {
+        "bos": kind == "llama" or values.get("pre") in ("llama-bpe", "llama3", "llama-v3"),
+        "eos": kind == "t5",
+    }
     for name in ("bos", "eos"):
         value = values.get(f"{name}_token_id")
         if value is None or not values.get(f"add_{name}_token", on[name]):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeprune import tokenizer
@@ -159,22 +160,25 @@ def test_add_bos_is_kept(tmp_path: Path) -> None:
     assert values(tokenizer.kvs_from_hf(tmp_path / "back"))["add_bos_token"] is True
 
 
-def train_sentencepiece(folder: Path, kind: str = "bpe") -> Path:
+def train_sentencepiece(folder: Path, kind: str = "bpe", **over: object) -> Path:
     import sentencepiece
 
     folder.mkdir(exist_ok=True)
+    options = {
+        "vocab_size": 460 if kind == "bpe" else 350,
+        "byte_fallback": True,
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+    }
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CORPUS * 4),
         model_prefix=str(folder / "tokenizer"),
         model_type=kind,
-        vocab_size=460 if kind == "bpe" else 350,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
         num_threads=1,
         minloglevel=2,
+        **(options | over),
     )
     return folder
 
@@ -206,11 +210,170 @@ def test_sentencepiece_both_ways(tmp_path: Path) -> None:
     assert llama_ids(again, tmp_path / "b.gguf", NASTY) == llama_ids(kvs, tmp_path / "c.gguf", NASTY)
 
 
-def test_unigram_is_refused(tmp_path: Path) -> None:
-    """Merged as BPE, its ids would be other ones without a word."""
-    folder = train_sentencepiece(tmp_path / "sp", "unigram")
-    with pytest.raises(UnsupportedModelError, match="not BPE"):
+# without byte fallback; as T5 has it, and the plainest one
+UNIGRAMS: dict[str, dict[str, object]] = {
+    "nmt_nfkc, spaces merged": {
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+        "allow_whitespace_only_pieces": False,
+    },
+    "identity, spaces kept": {"add_dummy_prefix": False},
+    "pieces across spaces": {
+        "remove_extra_whitespaces": True,
+        "split_by_whitespace": False,
+        "allow_whitespace_only_pieces": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNIGRAMS)
+def test_unigram_both_ways(tmp_path: Path, name: str) -> None:
+    import sentencepiece
+
+    over = {"byte_fallback": False, "vocab_size": 100, "hard_vocab_limit": False}
+    over |= {"control_symbols": ["<|im_start|>", "<|im_end|>"], "user_defined_symbols": ["<tool>"]}
+    folder = train_sentencepiece(tmp_path / "sp", "unigram", **over, **UNIGRAMS[name])
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 128, "eos_token_id": 2}))
+    kvs = tokenizer.kvs_from_hf(folder)
+    found = values(kvs)
+    assert found["model"] == "t5" and found["unknown_token_id"] == 0 and found["eos_token_id"] == 2
+    assert len(found["tokens"]) == 128
+    kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
+    assert (kinds["<unk>"], kinds["<|im_end|>"], kinds["<tool>"]) == (2, 3, 4)
+    assert ("precompiled_charsmap" in found) is name.startswith("nmt")
+    own = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    texts = [*NASTY, "a<tool>b  <tool> c"]
+    ids = llama_ids(kvs, tmp_path / "a.gguf", texts)
+    for text, row in zip(NASTY, ids, strict=False):
+        if "<|" not in text:
+            spm = own.EncodeAsIds(text)
+            # rare letters have equal scores, and SentencePiece adds them up in single precision
+            assert own.DecodeIds(spm) == own.DecodeIds(row) and len(spm) == len(row), text
+            assert sorted(spm) == sorted(row), text
+    assert any(0 in row for row in ids)  # the unknown token was met
+
+    tokenizer.write_hf(kvs, tmp_path / "back")
+    for text, expected in zip(texts, ids, strict=True):
+        assert tokenizer.encode(tmp_path / "back", text) == expected, text
+    (tmp_path / "back" / "config.json").write_text((folder / "config.json").read_text())
+    again = values(tokenizer.kvs_from_hf(tmp_path / "back"))
+    for key in ("model", "tokens", "token_type", "add_space_prefix", "remove_extra_whitespaces"):
+        assert again[key] == found[key], key
+    assert again.get("precompiled_charsmap") == found.get("precompiled_charsmap")
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({}, "unigram with byte fallback"),
+        ({"byte_fallback": False, "vocab_size": 90}, "adds a space and does not merge spaces"),
+        (
+            {
+                "byte_fallback": False,
+                "vocab_size": 90,
+                "treat_whitespace_as_suffix": True,
+                "remove_extra_whitespaces": True,
+            },
+            "unigram with spaces behind words",
+        ),
+    ],
+)
+def test_unigram_that_llama_cpp_would_cut_otherwise_is_refused(
+    tmp_path: Path, over: dict[str, object], message: str
+) -> None:
+    folder = train_sentencepiece(tmp_path / "sp", "unigram", **over)
+    with pytest.raises(UnsupportedModelError, match=message):
         tokenizer.kvs_from_hf(folder)
+
+
+def train_json_unigram(folder: Path) -> Path:
+    """Unigram that is a tokenizer.json alone."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.Unigram())
+    tok.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(" +$"), ""), normalizers.Replace(Regex(" {2,}"), "\u2581")]
+    )
+    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>", "<|im_end|>"], unk_token="<unk>", show_progress=False
+    )
+    tok.train_from_iterator(CORPUS * 4, trainer)
+    folder.mkdir(exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    # as files made from SentencePiece have it; else two ways of equal score are told apart by the last bit
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["model"]["vocab"] = [[t, float(np.float32(s))] for t, s in data["model"]["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "<unk>"}))
+    return folder
+
+
+def test_unigram_from_json_alone(tmp_path: Path) -> None:
+    folder = train_json_unigram(tmp_path / "hf")
+    kvs = tokenizer.kvs_from_hf(folder)
+    found = values(kvs)
+    assert (found["model"], found["unknown_token_id"], found["eos_token_id"]) == ("t5", 0, 1)
+    same_as_llama(folder, kvs, tmp_path / "a.gguf")
+    tokenizer.write_hf(kvs, tmp_path / "back")
+    for text in NASTY:
+        assert tokenizer.encode(tmp_path / "back", text) == tokenizer.encode(folder, text), text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("normalizer", {"type": "NFKC"}, "unigram with normalizer NFKC"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "%"}, "is not base64"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "unigram with pre-tokenizer Whitespace"),
+        ("pre_tokenizer", {"type": "Metaspace", "prepend_scheme": "first"}, "first piece of a text only"),
+        ("normalizer", {"type": "Strip", "strip_left": False, "strip_right": True}, "normalizer Strip"),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"Regex": " +$"}, "content": ""},
+            "unlike SentencePiece",
+        ),
+    ],
+)
+def test_unigram_json_that_gguf_cannot_say(
+    tmp_path: Path, key: str, value: dict[str, object], message: str
+) -> None:
+    folder = train_json_unigram(tmp_path / "hf")
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) | {key: value}
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises((UnsupportedModelError, ConfigError), match=message):
+        tokenizer.kvs_from_hf(folder)
+
+
+INVALID = [b"\xff\xfe", b"abc\xc3", b"a\x80b", b"\xf0\x9f\x9a end", b"ok \xed\xa0\x80 ok"]
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "qwen2", "bpe", "unigram"])
+def test_invalid_utf8_is_replaced_or_kept(tmp_path: Path, kind: str) -> None:
+    """Bytes that are no text reach a client's tokenizer from a socket; none may be lost without a sign."""
+    if kind == "bpe":
+        folder = train_sentencepiece(tmp_path / "sp")
+    elif kind == "unigram":
+        folder = train_json_unigram(tmp_path / "hf")
+    else:
+        folder = train_bpe(tmp_path / "hf", kind)
+    kvs = tokenizer.kvs_from_hf(folder)
+    llama_ids(kvs, tmp_path / "a.gguf", [])
+    model = llama_cpp.Llama(str(tmp_path / "a.gguf"), vocab_only=True, verbose=False)
+    for raw in INVALID:
+        ids = model.tokenize(raw, add_bos=False, special=True)
+        if kind == "bpe":
+            # byte tokens keep what is no text
+            kept = [t for t in ids if values(kvs)["token_type"][t] == tokenizer.BYTE]
+            assert len(kept) >= sum(b >= 128 for b in raw) - 1, raw
+            assert model.detokenize(ids).strip().startswith(raw[:2])
+        elif kind == "unigram":
+            assert ids.count(0) == 1, raw  # one unknown token
+        elif b"\xed\xa0\x80" not in raw:
+            # a replacement character per byte; Python makes one of a character that is cut short
+            text = "".join(chr(b) if b < 128 else "\ufffd" for b in raw)
+            assert ids == tokenizer.encode(folder, text), raw
 
 
 def train_json_bpe(folder: Path, style: str) -> Path:
