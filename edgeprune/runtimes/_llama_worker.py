@@ -11,11 +11,12 @@ import ctypes
 import itertools
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from edgeprune.runtimes._job import JobError, serve
 
 KV_TYPES = {
     "f32": 0,
@@ -32,10 +33,6 @@ KV_TYPES = {
 # nats below a row's maximum that a stored reference logit can express
 SPAN_NATS = 24.0
 _LEVELS = 65535
-
-
-class JobError(Exception):
-    """Something the caller should read in one line."""
 
 
 class _Engine:
@@ -683,36 +680,12 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when its parent goes, so a killed run leaves no writer behind."""
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def main(job_file: str) -> int:
-    with open(job_file, encoding="utf-8") as f:
-        job = json.load(f)
-    _die_with(job["parent"])
-    try:
-        answer: dict[str, Any] = {"ok": JOBS[job["job"]](job)}
-    except JobError as error:
-        answer = {"error": str(error)}
-    except MemoryError:
-        answer = {"error": "not enough memory"}
-    except OSError as error:
-        answer = {"error": f"{error.strerror or error}: {error.filename}", "errno": error.errno}
-    temporary = job["result"] + ".part"
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(answer, f)
-    os.replace(temporary, job["result"])
-    sys.stdout.flush()
-    # the library's own exit handlers have nothing left to save and may crash
-    os._exit(0)
+def _explain(_: str, error: Exception) -> dict[str, Any] | None:
+    """The disk's own errors have their number: the run folder turns them into advice."""
+    if isinstance(error, OSError):
+        return {"error": f"{error.strerror or error}: {error.filename}", "errno": error.errno}
+    return None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(sys.argv[1], JOBS, _explain)

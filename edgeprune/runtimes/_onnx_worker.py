@@ -7,19 +7,15 @@ The job file is JSON: `job`, `engine` ('genai' or 'ort'), `folder`, `model` (the
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-
-class JobError(Exception):
-    """Something the caller should read in one line."""
+from edgeprune.runtimes._job import JobError, serve
 
 
 class Engine(Protocol):
@@ -359,36 +355,10 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when its parent goes, so a killed run leaves no worker behind."""
-    if not sys.platform.startswith("linux"):
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def main(job_file: str) -> int:
-    with open(job_file, encoding="utf-8") as f:
-        job = json.load(f)
-    _die_with(job["parent"])
-    try:
-        answer: dict[str, Any] = {"ok": JOBS[job["job"]](job)}
-    except JobError as error:
-        answer = {"error": str(error)}
-    except MemoryError:
-        answer = {"error": "not enough memory"}
-    except Exception as error:  # the libraries' own classes, and the disk's
-        answer = {"error": f"ONNX Runtime failed in {job['job']}: {_first_line(error)}"}
-    temporary = job["result"] + ".part"
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(answer, f)
-    os.replace(temporary, job["result"])
-    sys.stdout.flush()
-    # the libraries' own exit handlers have nothing left to save and may crash
-    os._exit(0)
+def _explain(job: str, error: Exception) -> dict[str, Any]:
+    """The libraries' own classes, and the disk's."""
+    return {"error": f"ONNX Runtime failed in {job}: {_first_line(error)}"}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(sys.argv[1], JOBS, _explain)
