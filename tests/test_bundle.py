@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from edgeprune.bundle import chat, manifest
 from edgeprune.errors import ConfigError
+from edgeprune.report import build as report_build
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -339,40 +340,102 @@ def test_a_piece_that_go_would_read_is_not_translated() -> None:
 
 # ---------------------------------------------------------------- Modelfiles
 
-PARAMETERS = {"num_ctx": int, "num_batch": int, "stop": str}
-WORDS = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "LICENSE"}
+# docs.ollama.com/modelfile; num_batch is an option of its API that Modelfiles take as well
+PARAMETERS: dict[str, type] = {
+    **dict.fromkeys(("num_ctx", "num_batch", "num_predict", "repeat_last_n", "seed", "top_k"), int),
+    **dict.fromkeys(("temperature", "repeat_penalty", "top_p", "min_p"), float),
+    "stop": str,
+}
+WORDS = {"FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE", "REQUIRES"}
+ONCE = ("FROM", "TEMPLATE", "SYSTEM", "REQUIRES")
+ROLES = ("system", "user", "assistant")
+
+
+def quoted(text: str) -> str | None:
+    """What a value says, or None when its quotes are still open. One or three quotes, and no escapes."""
+    for mark in ('"""', '"'):
+        if text.startswith(mark):
+            closed = len(text) >= 2 * len(mark) and text.endswith(mark)
+            return text[len(mark) : -len(mark)] if closed else None
+    return text
 
 
 def parse_modelfile(text: str) -> list[tuple[str, str]]:
-    """(instruction, argument) by the documented grammar: comments, one line, \"one line\", three quotes."""
-    out, rest = [], text
-    while rest:
-        line, _, after = rest.partition("\n")
-        if not line.strip() or line.lstrip().startswith("#"):
-            rest = after
+    """(instruction, argument) by the documented grammar: `# comment` and `INSTRUCTION arguments`, any case,
+    values that reach over lines in one or three quotes; characters that cannot be printed are lost.
+    """
+    out, lines = [], text.split("\n")
+    while lines:
+        line = lines.pop(0)
+        if not line.strip() or line.lstrip(" \t").startswith("#"):
             continue
-        match = re.match(r"(?i)([a-z]+)[ \t]+", rest)
+        match = re.fullmatch(r"[ \t]*([A-Za-z]+)[ \t]+(.*)", line)
         assert match and match[1].upper() in WORDS, f"no instruction: {line!r}"
-        word, rest = match[1].upper(), rest[match.end() :]
-        name = ""
-        if word == "PARAMETER":
+        word, rest, name = match[1].upper(), match[2], ""
+        if word in ("PARAMETER", "MESSAGE"):
             name, _, rest = rest.partition(" ")
-            assert name in PARAMETERS, f"unknown parameter {name}"
-        if rest.startswith('"""'):
-            value, closed, rest = rest[3:].partition('"""')
-            assert closed, f"{word}: three quotes are not closed"
-            assert rest.startswith("\n"), f"{word}: text behind the closing quotes"
-        else:
-            value, _, rest = rest.partition("\n")
-            if value.startswith('"'):
-                value = json.loads(value)
+            known = PARAMETERS if word == "PARAMETER" else ROLES
+            assert name in known, f"{word}: unknown {name!r}"
+        while (value := quoted(rest.strip())) is None:
+            assert lines, f"{word}: quotes are not closed"
+            rest += "\n" + lines.pop(0)
+        assert value, f"{word} has no argument"
+        assert all(c.isprintable() or c in "\n\t" for c in value), f"{word}: a character would be lost"
         if word == "PARAMETER":
             PARAMETERS[name](value)
-            value = f"{name} {value}"
-        assert value, f"{word} has no argument"
-        out.append((word, value))
-    assert [w for w, _ in out].count("FROM") == 1, "exactly one FROM"
+        out.append((word, f"{name} {value}" if name else value))
+    words = [word for word, _ in out]
+    assert "FROM" in words, "no FROM"
+    assert all(words.count(word) <= 1 for word in ONCE), "an instruction that counts once is there twice"
     return out
+
+
+def test_the_parser_reads_every_instruction() -> None:
+    found = parse_modelfile(
+        "# a comment\n\nfrom ./a b.gguf\nPARAMETER num_ctx 4096\nParameter temperature 0.5\n"
+        'PARAMETER stop "AI assistant: "\nPARAMETER stop \\n\nADAPTER ./lora.gguf\nREQUIRES 0.14.0\n'
+        'TEMPLATE """{{ if .System }}\n# no comment\n"quoted" {{ end }}\n"""\nSYSTEM "two\nlines"\n'
+        'MESSAGE user Is Toronto in Canada?\nMESSAGE assistant "yes"\nLICENSE """\nMIT\n"""\nLICENSE more\n'
+    )
+    assert found == [
+        ("FROM", "./a b.gguf"),
+        ("PARAMETER", "num_ctx 4096"),
+        ("PARAMETER", "temperature 0.5"),
+        ("PARAMETER", "stop AI assistant: "),
+        ("PARAMETER", "stop \\n"),
+        ("ADAPTER", "./lora.gguf"),
+        ("REQUIRES", "0.14.0"),
+        ("TEMPLATE", '{{ if .System }}\n# no comment\n"quoted" {{ end }}\n'),
+        ("SYSTEM", "two\nlines"),
+        ("MESSAGE", "user Is Toronto in Canada?"),
+        ("MESSAGE", "assistant yes"),
+        ("LICENSE", "\nMIT\n"),
+        ("LICENSE", "more"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "said"),
+    [
+        (CHATML, "back\\slash", {"<|im_end|>", "back\\slash"}),  # quotes of a Modelfile know no escapes
+        (CHATML, 'a"b', {"<|im_end|>"}),
+        (CHATML, "zero\u200bwidth", {"<|im_end|>"}),
+        (CHATML.replace("<|im_end|>", "<|fin\u200b|>"), "</s>", set()),  # no template, so no stops of it
+    ],
+)
+def test_what_a_modelfile_cannot_say_is_left_out(template: str, eos: str, said: set[str]) -> None:
+    from edgeprune.bundle import write
+    from edgeprune.records import LaunchFlags
+
+    facts = {"parent": {"id": "x", "license": "a\u0000b"}}
+    about = write._About(template=template, eos=eos, max_context=None)
+    flags = LaunchFlags(context_tokens=128, ubatch=32, kv_type="f16", mmap=False)
+    text = write._modelfile(facts, about, {"model": "a.gguf", "flags": flags, "chat": True, "title": "x"})
+    found = parse_modelfile(text)
+    stops = {v.removeprefix("stop ") for w, v in found if w == "PARAMETER" and v.startswith("stop ")}
+    assert stops == said
+    words = {word for word, _ in found}
+    assert "LICENSE" not in words and ("TEMPLATE" in words) == bool(said)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +447,15 @@ def parse_modelfile(text: str) -> list[tuple[str, str]]:
         "FROM ./a\nPARAMETER heat 1\n",
         'FROM ./a\nTEMPLATE """open\n',
         "FROM ./a\nRUN x\n",
+        "FROM ./a\nFROM\n",
+        'FROM ./a\nSYSTEM "open\n',
+        'FROM ./a\nSYSTEM """a""" b\n',
+        'FROM ./a\nTEMPLATE """a\u200bb"""\n',
+        "FROM ./a\nMESSAGE robot hello\n",
+        "FROM ./a\nMESSAGE user\n",
+        "FROM ./a\nPARAMETER stop\n",
+        'FROM ./a\nPARAMETER top_p "much"\n',
+        "FROM ./a\nSYSTEM a\nSYSTEM b\n",
     ],
 )
 def test_the_parser_refuses(text: str) -> None:
@@ -464,7 +536,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(out, base / "run" / "artifacts" / "cut.gguf")
     report = made_report(out, rundir.sha256_file(out), license_name="apache-2.0")
     report["candidates"][0]["artifact"]["path"] = "artifacts/cut.gguf"
-    (base / "run" / "report.json").write_text(json.dumps(report))
+    (base / "run" / "report.json").write_text(json.dumps(report_build.sealed(report)))
     return base
 
 
@@ -682,10 +754,10 @@ def test_what_cannot_be_bundled(tiny: Path, tmp_path: Path, run_cli: Callable[..
     file.unlink()
     assert "is not there" in fails(["bundle", run, "--out", out], run_cli)
     report["candidates"][0]["artifact"]["path"] = "../../etc/x.gguf"
-    (run / "report.json").write_text(json.dumps(report))
+    (run / "report.json").write_text(json.dumps(report_build.sealed(report)))
     assert "leaves the run folder" in fails(["bundle", run, "--out", out], run_cli)
     report["selected"] = None
-    (run / "report.json").write_text(json.dumps(report))
+    (run / "report.json").write_text(json.dumps(report_build.sealed(report)))
     assert "selected nothing" in fails(["bundle", run, "--out", out], run_cli)
     assert not out.exists() and not list(tmp_path.glob(".*.part"))
 
@@ -762,3 +834,27 @@ def test_the_javascript_sample_for_onnx(onnx_bundle: Path, tmp_path: Path) -> No
     done = start(["node", tmp_path / "model" / "sample.mjs", "the quick"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the quick") and len(done.stdout.strip()) > len("the quick")
+
+
+@pytest.mark.parametrize("form", ["gguf", "onnx"])
+def test_one_flipped_byte_in_any_file_of_a_real_bundle(
+    form: str, tmp_path: Path, request: pytest.FixtureRequest, run_cli: Callable[..., Any]
+) -> None:
+    """First, middle and last byte of every file, the manifest included; the command names that file alone."""
+    root = Path(
+        shutil.copytree(
+            request.getfixturevalue("bundle" if form == "gguf" else "onnx_bundle"), tmp_path / form
+        )
+    )
+    names = list(manifest.found_files(root))
+    assert len(names) >= 9
+    for name in names:
+        path = root / name
+        before = path.read_bytes()
+        for at in {0, len(before) // 2, len(before) - 1}:
+            path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+            assert problems(root)[0].startswith(f"{name}: ")
+        ran = run_cli("verify", root)
+        assert ran.code == 2 and ran.err.startswith(f"Error: {name}: "), ran.err
+        path.write_bytes(before)
+    assert run_cli("verify", root).code == 0

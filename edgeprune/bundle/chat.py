@@ -75,8 +75,11 @@ class Pieces:
 
 
 def fits_quotes(text: str) -> bool:
-    """The three quotes of a Modelfile can hold this text: they know no escapes."""
-    return '"""' not in text and not text.endswith('"')
+    """The three quotes of a Modelfile can hold this text: they know no escapes, and Ollama drops what it
+    cannot print.
+    """
+    plain = all(c.isprintable() or c in "\n\t" for c in text)
+    return plain and '"""' not in text and not text.endswith('"')
 
 
 def _refuse(message: str) -> None:
