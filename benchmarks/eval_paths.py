@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +37,32 @@ from edgeprune.evaluation.harness import Answers
 from edgeprune.pipeline import stages
 from edgeprune.progress import Lines
 
-PATHS = ("gguf exact", "onnx", "gguf")
+# name -> format, quantization, how it is run
+PATHS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gguf exact": ("gguf", "F16", {"exact": True}),
+    "onnx": ("onnx", "fp32", {}),
+    "gguf": ("gguf", "F16", {}),
+    # what each rounding of the last one does alone
+    "gguf f32 cache": ("gguf", "F16", {"kv_type": "f32"}),
+    "gguf f32 weights": ("gguf", "F32", {}),
+}
 
 
-def export(model: Path, work: Path, paths: Sequence[str]) -> dict[str, Path]:
-    """GGUF F16 and ONNX fp32 of the folder, made once."""
-    out = {"gguf": work / "model-f16.gguf", "onnx": work / "model-onnx-fp32"}
-    for form, quantization in (("gguf", "F16"), ("onnx", "fp32")):
-        if any(p.startswith(form) for p in paths) and not out[form].exists():
-            stages.export(
-                *(str(model), out[form]),
-                format_name=form,
-                quantization=quantization,
-                imatrix_text=None,
-                check=False,
-                seed=0,
-                threads=None,
-                progress=Lines(sys.stderr),
-            )
+def export(model: Path, work: Path, form: str, quantization: str) -> Path:
+    """The folder in another format, made once."""
+    suffix = ".gguf" if form == "gguf" else "-onnx"
+    out = work / f"model-{quantization.lower()}{suffix}"
+    if not out.exists():
+        stages.export(
+            *(str(model), out),
+            format_name=form,
+            quantization=quantization,
+            imatrix_text=None,
+            check=False,
+            seed=0,
+            threads=None,
+            progress=Lines(sys.stderr),
+        )
     return out
 
 
@@ -65,12 +73,11 @@ class Bench:
 
     def engines(self) -> dict[str, Engine]:
         """Those asked for, by the name that rows have; torch, which they are compared with, first."""
-        files = export(self.args.model, self.args.work, self.args.paths)
-        exact = dataclasses.replace(self.settings, exact=True)
         out = {"torch": open_engine(self.args.model, self.settings)}
         for name in self.args.paths:
-            form = name.split()[0]
-            out[name] = open_engine(files[form], exact if name == "gguf exact" else self.settings)
+            form, quantization, how = PATHS[name]
+            file = export(self.args.model, self.args.work, form, quantization)
+            out[name] = open_engine(file, dataclasses.replace(self.settings, **how))
         return out
 
     @contextlib.contextmanager
@@ -203,7 +210,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--paths", nargs="*", default=list(PATHS), choices=PATHS)
+    parser.add_argument("--paths", nargs="*", default=list(PATHS)[:3], choices=PATHS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS / "eval_paths.json")
