@@ -254,6 +254,21 @@ def test_an_importance_matrix_with_holes_is_refused(folder: Path, parent: Path) 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("ftype", [1, 2, 7], ids=["F16", "Q4_0", "Q8_0"])
+def test_widening_changes_no_value(folder: Path, parent: Path, ftype: int) -> None:
+    narrow, wide = folder / f"narrow{ftype}.gguf", folder / f"wide{ftype}.gguf"
+    llama_cpp.quantize(parent, narrow, ftype=ftype, overrides=[], imatrix=None, threads=1)
+    llama_cpp.widen(narrow, wide, threads=1)
+    before = {t.name: t for t in gguf.GGUFReader(narrow).tensors}
+    after = {t.name: t for t in gguf.GGUFReader(wide).tensors}
+    assert before.keys() == after.keys()
+    assert {t.tensor_type.name for t in after.values()} == {"F32"}
+    assert any(t.tensor_type.name != "F32" for t in before.values())
+    for name, tensor in after.items():
+        old = before[name]
+        assert np.array_equal(tensor.data, gguf.dequantize(old.data, old.tensor_type)), name
+
+
 # ---------------------------------------------------------------- failures
 
 
