@@ -404,6 +404,10 @@ def test_distillation_beats_the_plain_loss_on_kl(pair: Pair, tmp_path: Path) -> 
     one = pair.recover(tmp_path / "distill", recipe("full"))
     two = pair.recover(tmp_path / "lm", recipe("full", objective="lm"))
     assert one.trained.points[-1].kl < two.trained.points[-1].kl
+    # each is judged by what it was asked to lower
+    assert one.trained.best.kl == min(p.kl for p in one.trained.points)
+    assert two.trained.best.loss == min(p.loss for p in two.trained.points)
+    assert "validation loss " in two.note
 
 
 def test_gradient_checkpointing_changes_nothing(pair: Pair, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from edgeprune.recovery.methods.base import Attached, Method, Packed, Setting
 from edgeprune.recovery.recipe import AUTO, RecoveryRecipe
 from edgeprune.recovery.teacher import TOP, Cache, Targets, Teacher
 from edgeprune.recovery.text import Rows
-from edgeprune.recovery.train import Trained, Trainer, Training, shard_
+from edgeprune.recovery.train import Trained, Trainer, Training, shard_, worth
 
 INPUT_ROWS = 16  # that say how large the inputs of each matrix are
 ROUNDS = (0.05, 0.1)  # of auto: share of the time for each candidate that is left
@@ -142,7 +142,7 @@ class _Bench:
             steps=steps,
             seconds=seconds,
             seed=recipe.seed,
-            distill=recipe.mix if recipe.objective == "distill" else 0.0,
+            distill=_distill(recipe),
             half=self.half,
             gradient_checkpointing=recipe.gradient_checkpointing,
             checkpoint_s=recipe.checkpoint_s,
@@ -222,16 +222,23 @@ def recover(
     return _finish(bench, candidate, attached, trained, folder)
 
 
+def _distill(recipe: RecoveryRecipe) -> float:
+    """Share of the KL in the objective."""
+    return recipe.mix if recipe.objective == "distill" else 0.0
+
+
 def _finish(
     bench: _Bench, candidate: Candidate, attached: Attached, trained: Trained, folder: Path
 ) -> Recovered:
     """Merge what was trained, or discard it when no evaluation was better than the start."""
-    before, after = trained.points[0].kl, trained.best.kl
+    distill = _distill(bench.recipe)
+    name = "KL" if distill else "loss"
+    before, after = (worth(p, distill) for p in (trained.points[0], trained.best))
     source = bench.source
     state = attached.state() if bench.recipe.shard else None
     if trained.best.step == 0:
-        last = trained.points[-1].kl
-        note = f"discarded: the validation KL went from {before:.4f} to {last:.4f} nats/token"
+        last = worth(trained.points[-1], distill)
+        note = f"discarded: the validation {name} went from {before:.4f} to {last:.4f} nats/token"
         if trained.steps == 0:
             note = "nothing was trained"
         return Recovered(candidate=candidate, trained=trained, kept=False, note=note)
@@ -253,7 +260,7 @@ def _finish(
         candidate=candidate,
         trained=trained,
         kept=True,
-        note=f"validation KL {before:.4f} to {after:.4f} nats/token",
+        note=f"validation {name} {before:.4f} to {after:.4f} nats/token",
         tensors=tensors,
         packed=packed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ Targets = tuple[torch.Tensor, torch.Tensor]  # ids int32 and log-probabilities f
 class Cache:
     """Targets of numbered rows in two mapped files, `done` marking rows that are there.
 
-    Memory stays bounded by the page cache; rows beyond `most_bytes` are not kept.
+    Memory stays bounded by the page cache; rows beyond `most_bytes` are not kept. Space on the disk is taken
+    before a row is written, for a full disk under a mapped file ends the program; then an OSError is raised.
     """
 
     def __init__(
@@ -30,14 +32,21 @@ class Cache:
         self.rows = min(n_rows, max(0, most_bytes // (n_tokens * k * 8)))
         shape = (max(self.rows, 1), n_tokens, k)
 
+        self._open: dict[str, Any] = {}
+
         def mapped(name: str, kind: Any, size: tuple[int, ...]) -> Any:
             path = folder / name
             fresh = not path.is_file() or path.stat().st_size != int(np.prod(size)) * np.dtype(kind).itemsize
-            return np.memmap(path, dtype=kind, mode="w+" if fresh else "r+", shape=size)
+            self._open[name] = path.open("wb+" if fresh else "rb+")
+            if fresh:
+                self._open[name].truncate(int(np.prod(size)) * np.dtype(kind).itemsize)
+            return np.memmap(self._open[name], dtype=kind, mode="r+", shape=size)
 
         self._ids = mapped("parent-ids.bin", np.int32, shape)
         self._values = mapped("parent-values.bin", np.float32, shape)
         self._done = mapped("parent-done.bin", np.uint8, shape[:1])
+        self._row_bytes = n_tokens * k * 4
+        self._reserve("parent-done.bin", 0, shape[0])
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
         """Of these rows, those to work out."""
@@ -48,9 +57,16 @@ class Cache:
 
     def put(self, rows: np.ndarray, targets: Targets) -> None:
         inside = rows < self.rows
+        for row in rows[inside].tolist():
+            for name in ("parent-ids.bin", "parent-values.bin"):
+                self._reserve(name, row * self._row_bytes, self._row_bytes)
         self._ids[rows[inside]] = targets[0][torch.from_numpy(inside)].numpy()
         self._values[rows[inside]] = targets[1][torch.from_numpy(inside)].numpy()
         self._done[rows[inside]] = 1
+
+    def _reserve(self, name: str, start: int, n_bytes: int) -> None:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(self._open[name].fileno(), start, n_bytes)
 
     def get(self, rows: np.ndarray) -> Targets:
         return torch.from_numpy(self._ids[rows]), torch.from_numpy(self._values[rows])

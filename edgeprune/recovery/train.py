@@ -103,6 +103,11 @@ class Trained:
     best: Point
 
 
+def worth(point: Point, distill: float) -> float:
+    """What has to fall on the held-out rows: the KL, or the plain loss where nothing is distilled."""
+    return point.loss if distill == 0.0 else point.kl
+
+
 class _Clock:
     def __init__(self, before: float) -> None:
         self._before, self._began = before, time.monotonic()
@@ -400,7 +405,7 @@ class Trainer:
         paused = journal.end is None or step < journal.end
         if points[-1].step != step:
             points.append(self._evaluated(points, step, clock))
-        best = min(points, key=lambda p: p.kl)
+        best = min(points, key=self._worth)
         if best.step not in (0, step) and not paused:
             self._load_best()
         seconds = clock.read()
@@ -434,11 +439,14 @@ class Trainer:
 
     def _evaluated(self, points: list[Point], step: int, clock: _Clock) -> Point:
         point = self._point(step, clock)
-        if point.kl < min(p.kl for p in points):
+        if self._worth(point) < min(map(self._worth, points)):
             state = self.attached.state()
             if self.main:
                 self._save(self._best_path, state, {"step": step})
         return point
+
+    def _worth(self, point: Point) -> float:
+        return worth(point, self.training.distill)
 
     def _rest(self, journal: Journal, points: list[Point], step: int) -> None:
         """No lower KL for `patience` evaluations: the rate starts to fall; if it was falling, stop.
@@ -450,7 +458,7 @@ class Trainer:
         if falling:
             assert journal.decay_from is not None
             points = [p for p in points if p.step >= journal.decay_from]
-        best = min(range(len(points)), key=lambda i: points[i].kl)
+        best = min(range(len(points)), key=lambda i: self._worth(points[i]))
         if len(points) - 1 - best < patience or journal.last is not None or step == journal.steps:
             return
         if falling:
@@ -460,7 +468,7 @@ class Trainer:
             if journal.steps is not None and step + more >= journal.steps:
                 return
             journal.decay_from, journal.steps = step, step + more
-        journal.why = "the validation KL no longer fell"
+        journal.why = f"the validation {'loss' if self.training.distill == 0.0 else 'KL'} no longer fell"
         self._write_journal(journal)
 
     def _watch(self, journal: Journal, step: int, now: float, pace: float, *, known: bool) -> None:
