@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +315,22 @@ def test_readback_names_what_differs(tmp_path: Path) -> None:
         StageError, match=r"node '/layers\.0/attn/GroupQueryAttention' is not what was planned"
     ):
         check()
+
+
+def test_a_tokenizer_that_gguf_cannot_say_goes_with_onnx(run_cli: Callable[..., Any], tmp_path: Path) -> None:
+    """Unigram with byte fallback: llama.cpp has none, the clients of ONNX read tokenizer.json themselves."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = builders.tiny_llama(tmp_path / "hf", vocab=300)
+    pieces = [("<unk>", 0.0), ("\u2581a", -1.0), *((f"<0x{i:02X}>", -9.0) for i in range(256))]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.save(str(folder / "tokenizer.json"))
+    refused = run_cli("export", str(folder), "--format", "gguf", "--out", str(tmp_path / "a.gguf"))
+    assert refused.code == 4 and "unigram with byte fallback" in refused.err
+    assert "ONNX takes any tokenizer" in refused.err and not (tmp_path / "a.gguf").exists()
+    done = run_cli(
+        "export", str(folder), "--format", "onnx", "--quantization", "fp32", "--out", str(tmp_path / "onnx")
+    )
+    assert done.code == 0, done.err
+    assert (tmp_path / "onnx" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()

@@ -105,7 +105,7 @@ class Workshop:
             family=self.parent.family,
             dims=plan.dims,
             config=source.config,
-            tokenizer_kvs=self.parent.tokenizer_kvs,
+            tokenizer_kvs=self.parent.gguf_tokenizer(),
             read_tensor=lambda name: checkpoint.to_float32(source.tensor(name)),
             quantization=quantization,
             imatrix=imatrix,

@@ -508,7 +508,7 @@ class _Job:
             files=gguf.FileCost(
                 parent.family,
                 parent.source.config,
-                parent.tokenizer_kvs,
+                parent.gguf_tokenizer(),
                 name=parent.name,
                 license_name=parent.license_name,
                 has_imatrix=True,
@@ -517,7 +517,7 @@ class _Job:
             budget=self.budget,
             workload=self.profile.workload,
             speed=speed.speed_model(self.target, mode=self.options.mode, threads=self.options.threads),
-            tokenizer=costing.tokenizer_kind(parent.tokenizer_kvs),
+            tokenizer=costing.tokenizer_kind(parent.gguf_tokenizer()),
         )
 
     def _given_lane(self, dense: Any, cost: costing.CostModel) -> Lane | None:

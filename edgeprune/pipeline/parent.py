@@ -14,7 +14,7 @@ import torch
 from edgeprune import checkpoint, locate, rundir, surgery, tokenizer
 from edgeprune import graph as graphs
 from edgeprune.costs.gguf_header import KeyValue, read_header
-from edgeprune.errors import ConfigError
+from edgeprune.errors import ConfigError, UnsupportedModelError
 from edgeprune.families.base import Family
 from edgeprune.gguf_source import GgufSource
 from edgeprune.metrics.base import Metric, Need
@@ -36,6 +36,13 @@ class Parent:
     given_quantization: str | None
     key: str
     vocabulary: VocabTrimming | None = None  # what left it, see pipeline/trimming.py
+    untold: UnsupportedModelError | None = None  # why GGUF has no words for the tokenizer
+
+    def gguf_tokenizer(self) -> Sequence[KeyValue]:
+        """Raises UnsupportedModelError where GGUF cannot describe the tokenizer; ONNX keeps its files."""
+        if self.untold is not None:
+            raise self.untold
+        return self.tokenizer_kvs
 
 
 class _AsF16:
@@ -81,17 +88,24 @@ def open_folder(folder: Path, *, name: str | None = None, key: str | None = None
     source = checkpoint.SafetensorsSource(folder)
     graph = graphs.build(source.config)
     source.check(graph)
+    kvs: Sequence[KeyValue] = ()
+    untold = None
+    try:
+        kvs = tokenizer.kvs_from_hf(folder)
+    except UnsupportedModelError as error:
+        untold = error
     return Parent(
         name=name or folder.resolve().name,
         folder=folder,
         source=source,
         graph=graph,
         family=graphs.find_family(graph.dims.family),
-        tokenizer_kvs=tokenizer.kvs_from_hf(folder),
+        tokenizer_kvs=kvs,
         license_name=locate.license_of(folder),
         given=None,
         given_quantization=None,
         key=key or make_key("parent", source.fingerprint),
+        untold=untold,
     )
 
 

@@ -431,6 +431,7 @@ def export(
     threads = threads or local.available_threads()
     with scratch(out) as run:
         parent = trimming.trim(run, open_parent(model, run), trim, progress)
+        parent.gguf_tokenizer()  # refused before the slow part
         imatrix = None
         if imatrix_text is not None and quantization not in FLOATS:
             stats = _imatrix_stats(parent, imatrix_text, seed, progress)
@@ -447,7 +448,7 @@ def export(
         predicted = exporter.file_cost(
             parent.family,
             parent.source.config,
-            parent.tokenizer_kvs,
+            parent.gguf_tokenizer(),
             name=parent.name,
             license_name=parent.license_name,
             has_imatrix=bool(imatrix),
@@ -569,7 +570,7 @@ class _Export:
                 family=parent.family,
                 dims=parent.graph.dims,
                 config=parent.source.config,
-                tokenizer_kvs=parent.tokenizer_kvs,
+                tokenizer_kvs=parent.gguf_tokenizer(),
                 read_tensor=lambda n: checkpoint.to_float32(parent.source.tensor(n)),
                 quantization=quantization,
                 imatrix=imatrix,

@@ -115,7 +115,7 @@ def trim(run: rundir.RunDir, parent: Parent, asked: Trim, progress: Progress) ->
         folder=folder,
         source=source,
         graph=graph,
-        tokenizer_kvs=vocabulary.trim_kvs(parent.tokenizer_kvs, vocabulary.read_runs(record.kept)),
+        tokenizer_kvs=vocabulary.trim_kvs(parent.gguf_tokenizer(), vocabulary.read_runs(record.kept)),
         # the file as given has another vocabulary, so nothing about it compares
         given=None,
         given_quantization=None,
@@ -141,8 +141,8 @@ def _write(
         if own.is_file():
             before = parent.folder
         else:
-            tokenizer.write_hf(parent.tokenizer_kvs, before)
-        of = vocabulary.Vocabulary(before, parent.tokenizer_kvs)
+            tokenizer.write_hf(parent.gguf_tokenizer(), before)
+        of = vocabulary.Vocabulary(before, parent.gguf_tokenizer())
         path = parent.folder / "generation_config.json"
         generation = locate.read_json(path) if path.is_file() else {}
         chosen = vocabulary.choose(
