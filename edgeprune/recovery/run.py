@@ -232,13 +232,13 @@ def _finish(
 ) -> Recovered:
     """Merge what was trained, or discard it when no evaluation was better than the start."""
     distill = _distill(bench.recipe)
-    name = "KL" if distill else "loss"
+    judged = "KL" if distill else "loss"
     before, after = (worth(p, distill) for p in (trained.points[0], trained.best))
     source = bench.source
     state = attached.state() if bench.recipe.shard else None
     if trained.best.step == 0:
         last = worth(trained.points[-1], distill)
-        note = f"discarded: the validation {name} went from {before:.4f} to {last:.4f} nats/token"
+        note = f"discarded: the validation {judged} went from {before:.4f} to {last:.4f} nats/token"
         if trained.steps == 0:
             note = "nothing was trained"
         return Recovered(candidate=candidate, trained=trained, kept=False, note=note)
@@ -260,7 +260,7 @@ def _finish(
         candidate=candidate,
         trained=trained,
         kept=True,
-        note=f"validation {name} {before:.4f} to {after:.4f} nats/token",
+        note=f"validation {judged} {before:.4f} to {after:.4f} nats/token",
         tensors=tensors,
         packed=packed,
     )
