@@ -45,7 +45,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _common import ROOT, edgeprune, write_results
+from _common import RESULTS, ROOT, edgeprune, write_results
 
 MARK = "EDGEPRUNE_DISTURBED"
 PROFILE = """\
@@ -280,6 +280,7 @@ class Bench:
     scrap: list[str] = field(default_factory=list)
     names: Counter[str] = field(default_factory=Counter)
     finals: int = 0
+    deadline: float | None = None  # of the clock; behind it series go to their end undisturbed
 
     def start(
         self,
@@ -398,6 +399,9 @@ class Bench:
         self.scrap += [f"{series}: {p.name}" for p in folder.rglob("*.part")]
         print(f"     series {series}: {found['selected']}, compared", flush=True)
 
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def fresh(self, series: str) -> Path:
         self.names[series] += 1
         return self.scratch / f"{series}-{self.names[series]}"
@@ -412,6 +416,8 @@ class Bench:
         """One run folder, interrupted by each (signal, moment) in turn; a moment already past is left out."""
         folder = self.fresh(series)
         for kind, moment in plan:
+            if self.late():
+                break
             if not isinstance(moment, float) and self.steps[moment] in boundaries(folder):
                 continue
             had = kept(folder)
@@ -439,6 +445,8 @@ class Bench:
         try:
             folder = outer / "run"
             for i in range(n):
+                if self.late():
+                    break
                 had = kept(folder)
                 process, mark = self.start(folder)
                 self.ended("disk", "disk", f"{size >> 10} KiB", folder, process, mark, had, (2,))
@@ -457,6 +465,8 @@ class Bench:
         folder, rng = self.fresh("file"), self.rng("file")
         for i in range(n):
             most = int(2 ** rng.uniform(13 + i * 8 / n, 14 + i * 8 / n))
+            if self.late():
+                break
             had = kept(folder)
 
             def limit(most: int = most) -> None:
@@ -482,6 +492,8 @@ class Bench:
             folder = self.fresh("memory")
             for i in range(n):
                 part, moment = rng.uniform(0.6, 0.95), (i * len(self.steps)) // n
+                if self.late():
+                    break
                 group.most(None if i % 2 else round(part * need))
                 had = kept(folder)
                 process, mark = self.start(folder, before=group.enter)
@@ -502,6 +514,8 @@ class Bench:
         folder, rng = self.fresh("refused-memory"), self.rng("refused-memory")
         for i in range(n):
             most = round((0.1 + 0.5 * i / n + rng.uniform(0, 0.1)) * 2**30)
+            if self.late():
+                break
             had = kept(folder)
 
             def limit(most: int = most) -> None:
@@ -541,6 +555,8 @@ class Bench:
         """The date jumps by years, forward and back, at stage boundaries of runs that go on."""
         rng = self.rng("clock")
         for _ in range(max(1, n // 5)):
+            if self.late():
+                break
             folder = self.fresh("clock")
             stamp = folder.with_suffix(".offset")
             stamp.write_text("+0")
@@ -586,6 +602,8 @@ class Bench:
         process, _ = self.start(folder)
         process.communicate(timeout=MOST_S)
         for _ in range(n):
+            if self.late():
+                break
             path = rng.choice(sorted((folder / "records").glob("*.json")))
             had = {k: v for k, v in kept(folder).items() if k != path.name}
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -644,6 +662,20 @@ def summary(bench: Bench, left_out: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def together(found: dict[str, Any]) -> dict[str, Any]:
+    """This campaign in place of an earlier one of the same kinds, and the sums over all."""
+    path = RESULTS / "disturb.json"
+    known = json.loads(path.read_text())["rows"]["campaigns"] if path.is_file() else []
+    campaigns = [c for c in known if c["kinds"] != found["kinds"]] + [found]
+    sums = ("injected", "runs_compared", "records_lost", "processes_left", "tracebacks", "wrong_exits")
+    return {
+        **{name: sum(c[name] for c in campaigns) for name in sums},
+        "different": sum(len(c["different"]) for c in campaigns),
+        "stages_done_twice": sum(len(c["stages_done_twice"]) for c in campaigns),
+        "campaigns": campaigns,
+    }
+
+
 def clean(found: dict[str, Any]) -> bool:
     return not any(
         found[name]
@@ -655,13 +687,24 @@ def clean(found: dict[str, Any]) -> bool:
 
 
 def campaign(
-    scratch: Path, kinds: Sequence[str], *, seed: int = 0, most: int | None = None, jobs: int = 1
+    scratch: Path,
+    kinds: Sequence[str],
+    *,
+    seed: int = 0,
+    most: int | None = None,
+    jobs: int = 1,
+    minutes: float | None = None,
 ) -> dict[str, Any]:
-    """All series of these kinds; `most` disturbances of each at most, `jobs` series at a time."""
+    """All series of these kinds; `most` disturbances of each at most, `jobs` series at a time.
+
+    After `minutes` nothing more is injected, and each series that was begun is run to its end.
+    """
+    began = time.monotonic()
     model = make_model(scratch / "tiny")
     (scratch / "seconds.toml").write_text(PROFILE)
     bench = Bench(scratch, command(model, scratch / "seconds.toml", *RECOVERY), seed)
     bench.undisturbed()
+    bench.deadline = None if minutes is None else began + 60 * minutes
     print(
         f"undisturbed: {bench.whole_s:.1f} s ({bench.start_s:.1f} s until the first stage), "
         f"{len(bench.steps)} boundaries, selected {bench.calm['selected']}",
@@ -693,7 +736,7 @@ def campaign(
             left_out[name] = str(error)
         elif error is not None:
             raise error
-    return summary(bench, left_out)
+    return {"kinds": list(kinds), **summary(bench, left_out)}
 
 
 def main() -> None:
@@ -701,6 +744,7 @@ def main() -> None:
     ask.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     ask.add_argument("--most", type=int, help="disturbances of a kind; default: every stage boundary")
     ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--minutes", type=float, help="inject nothing more after this time")
     ask.add_argument("--jobs", type=int, default=1, help="series at a time")
     ask.add_argument("--write", action="store_true", help="write benchmarks/results/disturb.json")
     given = ask.parse_args()
@@ -711,12 +755,14 @@ def main() -> None:
             os.environ[f"{MARK}_MOUNTS"] = "private"
             os.execvp("unshare", again)
     with tempfile.TemporaryDirectory(prefix="edgeprune-disturb-") as made:
-        found = campaign(Path(made), given.kinds, seed=given.seed, most=given.most, jobs=given.jobs)
+        found = campaign(
+            Path(made), given.kinds, seed=given.seed, most=given.most, jobs=given.jobs, minutes=given.minutes
+        )
     for name, value in found.items():
         if name not in ("expected", "disturbances"):
             print(f"{name}: {value}")
     if given.write:
-        print("written to", write_results("disturb", found).relative_to(ROOT))
+        print("written to", write_results("disturb", together(found)).relative_to(ROOT))
     sys.exit(0 if clean(found) else 1)
 
 

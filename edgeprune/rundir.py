@@ -20,6 +20,7 @@ from edgeprune.errors import ConfigError, EdgepruneError
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
+_SCHEMA = re.compile(r'"schema":\s*(\d{1,9})\b')
 _SHORT = re.compile(r"^\d+ requested and \d+ written$")
 
 
@@ -134,6 +135,11 @@ class RunDir:
                 f"another edgeprune run is using {self.root}",
                 "wait for it, or choose another folder with --out",
             ) from None
+        try:
+            self._check_schema()
+        except ConfigError:
+            self._lock.close()
+            raise
         self._sweep()
         return self
 
@@ -142,6 +148,18 @@ class RunDir:
         if refused and self._new and not (self.root / "log.jsonl").exists():
             self._remove()  # the command was wrong and nothing was worked out: leave nothing behind
         self._lock.close()
+
+    def _check_schema(self) -> None:
+        """Raises ConfigError when another version's records are here: they would neither be read nor kept."""
+        for path in (self.root / "records").glob("*.json"):
+            with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as f:
+                found = _SCHEMA.search(f.read(400))
+                if found and int(found[1]) != records.SCHEMA:
+                    raise ConfigError(
+                        f"{self.root} was written by another version of edgeprune "
+                        f"(schema {found[1]}, this one has {records.SCHEMA})",
+                        "choose another folder with --out, or delete this one",
+                    )
 
     def _remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)

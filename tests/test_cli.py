@@ -23,6 +23,10 @@ from edgeprune.errors import (
     UnsupportedModelError,
 )
 
+NO_MEMORY = (
+    "Error: not enough memory on this machine\n"
+    "Hint: close other programs, or raise this one's limit, and run the same command again\n"
+)
 VERBS = [v for v in registry.names("cli") if v != "main"]
 
 # the child measures its own CPU time, so other work on the machine does not count
@@ -289,6 +293,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
             "Error: /x/y: No space left on device\nHint: free some space and run the same command again\n",
         ),
         (PermissionError(13, "Permission denied", "/x"), 2, "Error: /x: Permission denied\n"),
+        (MemoryError(), 6, NO_MEMORY),
+        (OSError(12, "Cannot allocate memory"), 6, NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 6, NO_MEMORY),
+        (ImportError("x.so: failed to map segment from shared object"), 6, NO_MEMORY),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else "",
 )

@@ -338,13 +338,13 @@ def test_the_page_is_written_once_per_report(tmp_path: Path) -> None:
 
 
 def test_the_verb_writes_the_page_anew(run_cli: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(made()), encoding="utf-8")
+    (tmp_path / "report.json").write_text(json.dumps(report_build.sealed(made())), encoding="utf-8")
     ran = run_cli("report", tmp_path, "--html")
     assert (ran.code, ran.out) == (0, f"{tmp_path / 'report.html'}\n")
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     broken = made()
     del broken["model"]["parameters"]
-    (tmp_path / "report.json").write_text(json.dumps(broken), encoding="utf-8")
+    (tmp_path / "report.json").write_text(json.dumps(report_build.sealed(broken)), encoding="utf-8")
     ran = run_cli("report", tmp_path, "--html")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"Error: {tmp_path / 'report.json'} cannot be shown: ")

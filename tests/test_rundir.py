@@ -238,6 +238,43 @@ def test_disk_errors_say_what_to_do(number: int, message: str) -> None:
     assert caught.value.hint
 
 
+def test_a_limit_on_file_sizes_is_one_line(tmp_path: Path) -> None:
+    """As a quota: numpy tells of a short write without an error number, the system with its own."""
+    for error in (
+        OSError(errno.EFBIG, "File too large"),
+        OSError("102400 requested and 99563 written"),
+        ValueError("I/O error: File too large (os error 27)"),
+    ):
+        with pytest.raises(ConfigError) as caught, friendly_disk_errors(tmp_path):
+            raise error
+        assert caught.value.message.startswith(f"a file in {tmp_path} cannot grow: ")
+        assert "ulimit -f" in str(caught.value.hint)
+    with pytest.raises(OSError, match="pipe"), friendly_disk_errors(tmp_path):
+        raise OSError("the pipe has gone")
+
+
+@pytest.mark.parametrize("schema", [records.SCHEMA - 1, records.SCHEMA + 1])
+def test_records_of_another_schema_are_refused(tmp_path: Path, schema: int) -> None:
+    folder = tmp_path / "run"
+    with RunDir(folder) as run:
+        run.write(artifact())
+        run.write(artifact("k2"))
+    path = folder / "records" / "artifact-k2.json"
+    path.write_text(path.read_text().replace(f'"schema": {records.SCHEMA}', f'"schema": {schema}'))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for _ in range(2):  # the lock is given back each time
+        with pytest.raises(ConfigError) as caught, RunDir(folder):
+            pass
+        assert caught.value.message == (
+            f"{folder} was written by another version of edgeprune (schema {schema}, this one has 1)"
+        )
+        assert caught.value.hint == "choose another folder with --out, or delete this one"
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    path.unlink()
+    with RunDir(folder) as run:
+        assert run.find(Artifact, "k1") == artifact()
+
+
 def test_other_os_errors_pass_through() -> None:
     with pytest.raises(OSError, match="gone"), friendly_disk_errors(Path("/runs")):
         raise OSError(errno.ENOENT, "gone")

@@ -742,3 +742,38 @@ def test_damaged_report(run_cli: Callable[..., Any], finished: Path) -> None:
     path.write_text(json.dumps(report))
     ran = run_cli("select", finished)
     fails(ran, 2, f"{path}: candidates[0].ratio: expected float, found 'a lot'")
+
+
+@pytest.mark.parametrize("verb", ["select", "bundle", "report"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["candidates"][0].update(ratio=0.123),
+        lambda r: r["candidates"][0]["measured"].update(decode_tps=1e6),
+        lambda r: r.update(selected=r["candidates"][-1]["id"]),
+        lambda r: r["budget"]["memory"].update(value=1e12),
+        lambda r: r.update(headline="the best"),
+        lambda r: r.pop("digest"),
+    ],
+)
+def test_a_report_changed_by_hand_is_refused(
+    run_cli: Callable[..., Any],
+    finished: Path,
+    tmp_path: Path,
+    change: Callable[[Any], Any],
+    verb: str,
+) -> None:
+    folder = finished
+    path = folder / "report.json"
+    assert run_cli("select", folder).code == 0
+    # another layout of the same figures is no change
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    assert run_cli("select", folder).code == 0
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    ran = run_cli(verb, folder, *(("--out", tmp_path / "out") if verb == "bundle" else ()))
+    why = "was changed after the run wrote it" if "digest" in report else "missing key 'digest'"
+    assert (ran.code, ran.out) == (2, "")
+    assert f"Error: {path}" in ran.err and why in ran.err
+    assert not (tmp_path / "out").exists()

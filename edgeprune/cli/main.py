@@ -23,11 +23,18 @@ from edgeprune.cli._options import (
     trim_options,
 )
 from edgeprune.config.targets import list_targets
-from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError
+from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError, StageError
 from edgeprune.units import BYTE_UNITS, parse_bytes
 
 INTERRUPTED = 130
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+    "failed to map segment from shared object",
+)
 # libraries of the extras, by the name they are imported by
 _EXTRA_OF = {
     **dict.fromkeys(("torch", "transformers", "safetensors", "tokenizers", "huggingface_hub"), "torch"),
@@ -349,12 +356,26 @@ def run(args: Sequence[str] | None = None) -> int:
         # the reader of stdout has gone, as with `| head`: not worth a message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        if _no_memory(error):
+            hint = "close other programs, or raise this one's limit, and run the same command again"
+            return _fail(("not enough memory on this machine",), hint, StageError.exit_code)
+        if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}"
         hint = "free some space and run the same command again" if error.errno == errno.ENOSPC else None
         return _fail((what,), hint, ConfigError.exit_code)
+
+
+def _no_memory(error: BaseException | None) -> bool:
+    """Memory was refused: to Python, to torch, or to the loader of a library."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if any(words in str(error) for words in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(problems: Sequence[str], hint: str | None, code: int) -> int:

@@ -485,6 +485,7 @@ _REPORT_KEYS = (
     "launch",
     "evaluation",
     "dense_perplexity",
+    "digest",
 )
 _LIMIT_FIELDS = {
     "memory": "memory_bytes",
@@ -528,6 +529,11 @@ def load_report(run_dir: Path, label: str | None = None) -> dict[str, Any]:
     _candidates(report, path)
     records.from_plain(DeviceTarget, report["target"], where=f"{path}: target")
     records.from_plain(Profile, report["profile"], where=f"{path}: profile")
+    if report["digest"] != report_build.digest(report):
+        raise ConfigError(
+            f"{path} was changed after the run wrote it: its digest is another",
+            "run the same command again: what is finished is kept, and the report is written anew",
+        )
     return report
 
 
@@ -585,7 +591,7 @@ def reselect(
         # predicted for the file that the run selected
         "power_modes": report.get("power_modes", []) if chosen.selected == report["selected"] else [],
     }
-    return {**again, "answers": answers(again)}
+    return report_build.sealed({**again, "answers": answers(again)})
 
 
 def _candidates(report: Mapping[str, Any], path: Path) -> list[Candidate]:

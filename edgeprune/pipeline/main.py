@@ -204,7 +204,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
         )
         if scored is not None:
             report = {**report, "benchmarks": scored}
-        report_build.write(folder, report, options.label)
+        report = report_build.write(folder, report, options.label)
         bundling.refresh(folder.root, report, parent.folder, options.label)
         page.write(folder.root, report, options.label)
     if chosen.selected is None and chosen.nearest is None:

@@ -36,13 +36,13 @@ def run_all(options: RunOptions, targets: Sequence[str], progress: Progress) -> 
         reports.append((label, report))
     rows = [_row(label, report) for label, report in reports]
     with rundir.RunDir(options.out) as folder:
+        written = []
         for label, report in reports:
-            report["targets"] = rows
-            report_build.write(folder, report, label)
-            page.write(folder.root, report, label)
+            written.append(report_build.write(folder, {**report, "targets": rows}, label))
+            page.write(folder.root, written[-1], label)
     if failed:
         raise failed[0]
-    return reports[0][1]
+    return written[0]
 
 
 def _check(options: RunOptions, targets: Sequence[str]) -> list[str | None]:

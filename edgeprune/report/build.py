@@ -158,10 +158,23 @@ def file_name(label: str | None) -> str:
     return FILE_NAME if label is None else f"report-{label}.json"
 
 
-def write(folder: rundir.RunDir, report: Mapping[str, Any], label: str | None = None) -> None:
-    """Write report.json into the run folder, atomically."""
+def digest(report: Mapping[str, Any]) -> str:
+    """sha256 of everything a report says, its own `digest` left out."""
+    rest = {name: value for name, value in report.items() if name != "digest"}
+    return rundir.sha256_bytes(json.dumps(rest, sort_keys=True).encode())
+
+
+def sealed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with its digest: a figure that is changed by hand later is noticed."""
+    return {**report, "digest": digest(report)}
+
+
+def write(folder: rundir.RunDir, report: Mapping[str, Any], label: str | None = None) -> dict[str, Any]:
+    """Write report.json into the run folder, atomically; returns it with its digest."""
+    report = sealed(report)
     with rundir.friendly_disk_errors(folder.root):
         rundir.write_text(
             folder.root / file_name(label),
             json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         )
+    return report
