@@ -5,7 +5,8 @@
 
 The default model is pruned once per ratio with the default recipe (calibrated on C4), then recovered by
 `edgeprune recover` in a fresh process per row; seconds and peak RSS are those of the whole command. Training
-text is C4, or what the parent writes itself (rows ending in 'self'). Judged in bfloat16 on text that was not
+text is 30 Wikipedia articles (--train-text: it should not be what the cut was solved on, C4), or what the parent
+writes itself (rows ending in 'self'). Judged in bfloat16 on text that was not
 trained on: WikiText-2 test (first --tokens tokens, windows of 2048) and other C4 pages (full KL to the dense
 model and perplexity, windows of 512). 'closed' is the share of the pruned model's excess perplexity that is
 gone. Rows are kept in benchmarks/results/recovery.json as they come, so a stopped run goes on where it was.
@@ -110,7 +111,7 @@ class Judge(quality.Judge):
 
 def recover(pruned: Path, parent: Path, out: Path, row: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: the command's cost and what its record says."""
-    data = () if row.endswith(" self") else ("--recovery-data", str(args.data / "calibration/c4_demo.jsonl"))
+    data = () if row.endswith(" self") else ("--recovery-data", str(args.data / args.train_text))
     ends = ("--recovery-minutes", str(args.minutes))
     if args.minutes is None:
         ends = ("--recovery-tokens", str(args.train_tokens))
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), help="default: all that fit")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.2, 0.35])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-text", default="calibration/wiki_demo.txt", help="below the data folder")
     parser.add_argument("--train-tokens", type=int, default=131_072)
     parser.add_argument("--minutes", type=float, help="equal time instead of equal tokens")
     parser.add_argument("--tokens", type=int, default=65_536, help="of the evaluation text")
@@ -197,6 +199,7 @@ def main() -> None:
         "train_tokens": None if args.minutes else args.train_tokens,
         "minutes": args.minutes,
         "more": args.more,
+        "train_text": args.train_text,
         "file": args.files,
     }
     mine = lambda: [r for r in rows if all(r.get(k) == v for k, v in asked.items())]  # noqa: E731
