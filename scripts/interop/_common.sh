@@ -74,7 +74,8 @@ set_up_only() { # what is ready
 # the project's own environment
 python_with() { # module, extra
     PYTHON="${PYTHON:-$ROOT/.venv/bin/python}"
-    "$PYTHON" -c "import $1" 2>/dev/null || refuse "$1 is not installed for $PYTHON" "pip install 'edgeprune[$2]'"
+    "$PYTHON" -c "import $1" 2>/dev/null || refuse "$1 is not installed for $PYTHON" \
+        "scripts/test --version sets up .venv with all of it; or pip install 'edgeprune[$2]' and set PYTHON"
 }
 
 version_of() { "$PYTHON" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1"; }
@@ -90,10 +91,14 @@ transformers_js() {
     local found="$CACHE/js/node_modules/@huggingface/transformers/package.json"
     if ! grep -q "\"version\": \"$TRANSFORMERS_JS\"" "$found" 2>/dev/null; then
         say "installing @huggingface/transformers $TRANSFORMERS_JS into $CACHE/js (about 470 MB on disk)"
-        mkdir -p "$CACHE/js"
+        # beside its place first: one that was stopped half way would look whole
+        rm -rf "$CACHE/js.part"
+        mkdir -p "$CACHE/js.part"
         # the install script of onnxruntime-node would fetch CUDA libraries
-        npm install --prefix "$CACHE/js" --ignore-scripts --no-audit --no-fund --silent \
+        npm install --prefix "$CACHE/js.part" --ignore-scripts --no-audit --no-fund --silent \
             "@huggingface/transformers@$TRANSFORMERS_JS" >&2 ||
             refuse "npm could not install @huggingface/transformers" "is registry.npmjs.org reachable?"
+        rm -rf "$CACHE/js"
+        mv "$CACHE/js.part" "$CACHE/js"
     fi
 }

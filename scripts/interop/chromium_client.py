@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_S = 600
-PAGE = """<!doctype html>
+PAGE = r"""<!doctype html>
 <script type="importmap">
 {"imports": {
   "@huggingface/transformers": "/lib/@huggingface/transformers/dist/transformers.web.js",
