@@ -4,12 +4,12 @@
     .venv/bin/python benchmarks/recovery.py --data ../shared/data --minutes 10 --ratios 0.2 --rows full
 
 The default model is pruned once per ratio with the default recipe (calibrated on C4), then recovered by
-`edgeprune recover` in a fresh process per row; seconds and peak RSS are those of the whole command. Training
-text is 30 Wikipedia articles (--train-text: it should not be what the cut was solved on, C4), or what the parent
-writes itself (rows ending in 'self'). Judged in bfloat16 on text that was not
-trained on: WikiText-2 test (first --tokens tokens, windows of 2048) and other C4 pages (full KL to the dense
-model and perplexity, windows of 512). 'closed' is the share of the pruned model's excess perplexity that is
-gone. Rows are kept in benchmarks/results/recovery.json as they come, so a stopped run goes on where it was.
+`edgeprune recover` in a fresh process per row; seconds and peak RSS are those of the whole command.
+Training text is 30 Wikipedia articles (--train-text: it should not be what the cut was solved on, C4), or
+what the parent writes itself (rows ending in 'self'). Judged in bfloat16 on text that was not trained on:
+WikiText-2 test (first --tokens tokens, windows of 2048) and other C4 pages (full KL to the dense model and
+perplexity, windows of 512). 'closed' is the share of the pruned model's excess perplexity that is gone.
+Rows are kept in benchmarks/results/recovery.json as they come, so a stopped run goes on where it was.
 `--split valid` reads WikiText-2 validation text, which settings may be tuned on; the test text is for
 reporting only.
 
