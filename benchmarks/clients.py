@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/clients.py                 # 10 minutes; building llama-server once: 20
     .venv/bin/python benchmarks/clients.py --without llama-server
     .venv/bin/python benchmarks/clients.py --keep DIR      # models of an earlier run are taken again
+    .venv/bin/python benchmarks/clients.py --table
 
 For each client: version, loaded or why not, the first tokens it generates, the ids it gives for a set of
 nasty texts against the parent's. Greedy tokens are compared with the first client of the same format.
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import ROOT, edgeprune, write_results
+from _common import RESULTS, ROOT, edgeprune, write_results
 
 PROMPT = "The capital of France is"
 # name of the script, what the table calls it
@@ -148,6 +149,8 @@ def cell(row: dict[str, Any]) -> str:
     if not row["loaded"]:
         return f"no: {row['why']}"
     said = "loads" if row["how"] in (None, "as it is") else row["how"].split(", KV")[0]
+    if said == "with PerLayer":
+        said = "only with ten lines of one's own (`PerLayer`)"
     return f"{said}; {row['same_tokens']} of {row['tokens']}"
 
 
@@ -180,7 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--keep", type=Path, help="folder of the models, kept")
     parser.add_argument("--without", action="append", default=[], help="leave a client out; may be repeated")
+    parser.add_argument("--table", action="store_true", help="print the table of the last results again")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads((RESULTS / "clients.json").read_text())["rows"]["clients"]))
+        return
     with tempfile.TemporaryDirectory(prefix="edgeprune-clients-") as scratch:
         folder = (args.keep or Path(scratch)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
