@@ -171,8 +171,8 @@ def main() -> None:
     name = args.model or "default"
     stored = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     asked = {"model": name, "items": args.items, "tokens": args.tokens, "protocol": args.protocol}
-    asked |= {"seed": args.seed, "dtype": args.dtype}
-    rows = lambda: [r for r in stored if all(r[k] == v for k, v in asked.items())]  # noqa: E731
+    asked |= {"seed": args.seed, "dtype": args.dtype, "tasks": args.tasks}
+    rows = lambda: [r for r in stored if all(r.get(k) == v for k, v in asked.items())]  # noqa: E731
     if args.show:
         show([r for r in stored if r["model"] == name], name)
         return
