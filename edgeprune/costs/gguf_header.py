@@ -19,7 +19,7 @@ from edgeprune.errors import ConfigError
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
-_MOST_ITEMS = 1 << 24  # ten times the largest vocabulary; Python objects cost more than their bytes
+_MOST_ITEMS = 1 << 22  # sixteen times the largest vocabulary; Python objects cost more than their bytes
 
 # value type -> (number in the file, struct format or None)
 _VALUE_TYPES: Mapping[str, tuple[int, str]] = {
