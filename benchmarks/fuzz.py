@@ -5,6 +5,7 @@ of them can be had again: --parser NAME --case N prints it.
 
     benchmarks/fuzz.py --parser all --cases 100000
     benchmarks/fuzz.py --parser tokenizer --cases 1000000 --minutes 10
+    benchmarks/fuzz.py --parser all --cases 20000 --guided     # coverage-guided
 """
 
 from __future__ import annotations
@@ -671,6 +672,82 @@ def run(
     return result(name, watch, outside, began)
 
 
+class Steps:
+    """Steps between lines of our code that were taken so far, and whether the last input took a new one."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[int, int, int]] = set()
+        self.new = False
+        self._ours = str(ROOT / "edgeprune")
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        self.new = False
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def _enter(self, frame: Any, _event: str, _arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self._ours):
+            return None
+        code, last = id(frame.f_code), 0
+
+        def line(frame: Any, event: str, _arg: Any) -> Any:
+            nonlocal last
+            if event == "line":
+                step = (code, last, frame.f_lineno)
+                last = frame.f_lineno
+                if step not in self.seen:
+                    self.seen.add(step)
+                    self.new = True
+            return line
+
+        return line
+
+
+MOST_KEPT_BYTES = 1 << 16
+
+
+def run_guided(
+    name: str, parser: Parser, cases: int, *, first: int = 0, minutes: float | None = None
+) -> dict[str, Any]:
+    """As `run`, but an input that takes a new step through our code is damaged further.
+
+    What a case is depends on those before it: an input that fails is written out whole.
+    """
+    began, watch, steps = time.monotonic(), Watch(slowest_case=first), Steps()
+    kept = list(parser.seeds)
+    with place(parser) as (folder, outer):
+        for number in range(first, first + cases):
+            if minutes is not None and time.monotonic() - began > 60 * minutes:
+                break
+            rng = random.Random(number)
+            # the newest more often: they are where nobody has been
+            chosen = kept[-1 - int(len(kept) * rng.random() ** 2)]
+            raw = (
+                parser.seeds[number] if number < len(parser.seeds) else damage_kept(chosen, rng, parser.json)
+            )
+            with steps.watched():
+                where = watch.feed(parser, raw, folder, number)
+            if where is not None:
+                watch.faults[where].setdefault("input", repr(raw[:2000]))
+            elif steps.new and len(raw) <= MOST_KEPT_BYTES:
+                kept.append(raw)
+        outside = [str(p) for p in outer.rglob("*") if p.is_file() and folder not in p.parents]
+    found = result(name, watch, outside, began)
+    return {**found, "guided": True, "steps_seen": len(steps.seen), "inputs_kept": len(kept)}
+
+
+def damage_kept(raw: bytes, rng: random.Random, as_json: bool) -> bytes:
+    """`damage` of an input that may be no JSON any more."""
+    try:
+        return damage(raw, rng, as_json)
+    except (ValueError, RecursionError):
+        return damage(raw, rng, False)
+
+
 def result(name: str, watch: Watch, outside: list[str], began: float) -> dict[str, Any]:
     return {
         "parser": name,
@@ -703,6 +780,7 @@ def main() -> None:
     ask.add_argument("--cases", type=int, default=100_000, help="of each parser")
     ask.add_argument("--first", type=int, default=0, help="number of the first case")
     ask.add_argument("--minutes", type=float, help="end each parser after this time")
+    ask.add_argument("--guided", action="store_true", help="damage further what reached new code")
     ask.add_argument("--case", type=int, help="print one case and what reading it gives")
     ask.add_argument("--write", action="store_true", help="write benchmarks/results/fuzz.json")
     given = ask.parse_args()
@@ -715,7 +793,8 @@ def main() -> None:
         return
     rows = []
     for name in names:
-        row = run(name, known[name], given.cases, first=given.first, minutes=given.minutes)
+        work = run_guided if given.guided else run
+        row = work(name, known[name], given.cases, first=given.first, minutes=given.minutes)
         rows.append(row)
         figures = (
             f"{row['refused']:>8} refused {row['tracebacks']:>6} tracebacks, {row['hangs']} hangs, slowest"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -69,3 +70,33 @@ def test_faults_are_found() -> None:
     assert row["refused"] + row["tracebacks"] == 50 and 0 < row["tracebacks"] < 50
     assert [k.split(":")[0] for k in row["kinds"]] == ["KeyError at test_fuzz.py"]
     assert [Path(p).name for p in row["written_outside"]] == ["outside"]
+
+
+def test_guided_goes_where_blind_damage_does_not() -> None:
+    """Behind four bytes that must be right one after another lies a fault."""
+    code = (
+        "def read(raw, folder):\n"
+        "    at = 0\n"
+        "    while at < 4:\n"
+        "        if len(raw) <= at or raw[at] % 16 != at:\n"
+        "            return\n"
+        + "".join(f"        if at == {i}:\n            pass\n" for i in range(4))
+        + "        at += 1\n"
+        "    raise KeyError('found')\n"
+    )
+    space: dict[str, Any] = {}
+    exec(compile(code, str(ROOT / "edgeprune" / "maze.py"), "exec"), space)
+    parser = fuzz.Parser([b"------"], space["read"])
+    blind = fuzz.run("maze", parser, 30_000)
+    guided = fuzz.run_guided("maze", parser, 30_000)
+    assert blind["kinds"] == {}
+    assert [k.split(":")[0] for k in guided["kinds"]] == ["KeyError at maze.py"]
+    (fault,) = guided["kinds"].values()
+    assert fault["case"] > 100 and fault["input"].startswith("b'")
+
+
+@pytest.mark.parametrize("name", ["safetensors", "llama-bench", "token-runs"])
+def test_guided(name: str) -> None:
+    row = fuzz.run_guided(name, PARSERS[name], 150)
+    assert row["kinds"] == {} and row["written_outside"] == []
+    assert row["steps_seen"] > 10 and row["inputs_kept"] > len(PARSERS[name].seeds)
