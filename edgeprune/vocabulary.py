@@ -313,7 +313,7 @@ def choose(
     return Choice(tuple(sorted(kept)), why)
 
 
-_MOST_TOKENS = 1 << 24  # ten times the largest vocabulary
+_MOST_TOKENS = 1 << 22  # sixteen times the largest vocabulary
 
 
 def write_runs(ids: Sequence[int]) -> str:
