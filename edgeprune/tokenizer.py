@@ -93,9 +93,9 @@ def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
             else:
                 out = _byte_level(path, data, size)
             added = [(t["id"], t["content"]) for t in data.get("added_tokens") or ()]
+            ids = dict(model["vocab"]) | {content: i for i, content in added}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: damaged: {error!r:.100}") from None
-        ids = dict(model["vocab"]) | {content: i for i, content in added}
     elif (root / "tokenizer.model").is_file():
         proto = root / "tokenizer.model"
         tokens, scores, kinds, prefix = _read_sentencepiece(proto)
@@ -754,7 +754,9 @@ def load(path: Path) -> Any:
     library = registry.library("tokenizers", "torch")
     try:
         return library.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and panics, which are none
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
         raise ConfigError(f"{path}: {error!s:.120}") from None
 
 
