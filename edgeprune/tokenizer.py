@@ -78,10 +78,10 @@ def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
         data = _read_json(path)
         model = data.get("model")
         if not isinstance(model, dict):
-            raise UnsupportedModelError(f"{path}: neither a BPE nor a unigram tokenizer")
+            raise UnsupportedModelError(f"{path}: not a BPE tokenizer and not a unigram one")
         unigram = model.get("type") == "Unigram" and "vocab" in model
         if not unigram and (model.get("type", "BPE") != "BPE" or "merges" not in model):
-            raise UnsupportedModelError(f"{path}: neither a BPE nor a unigram tokenizer")
+            raise UnsupportedModelError(f"{path}: not a BPE tokenizer and not a unigram one")
         try:
             if unigram:
                 pieces = [(str(t), float(s)) for t, s in model["vocab"]]
