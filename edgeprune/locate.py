@@ -21,6 +21,7 @@ _TEXT_PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
 )
 _MOST_JSON_BYTES = 64 << 20
+_MOST_NAME = 200  # disks take 255 bytes
 _MOST_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
 # bits of an item, by the names that safetensors gives to types
 _BITS = {
@@ -164,6 +165,7 @@ def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
         for tensor, name in table.items():
             plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+            plain = plain and len(name) <= _MOST_NAME
             if not plain or not name.endswith(".safetensors"):
                 raise ConfigError(f"{index}: shard name {name!r:.80} is not a plain .safetensors file name")
             path = folder / name

@@ -140,7 +140,36 @@ def tensor(name: str, column: int, to: Any) -> Callable[[Place], list[Any]]:
     return gguf(lambda f: f.row(name).__setitem__(column, to))
 
 
+def many_tokens(n: int) -> Callable[[Place], list[Any]]:
+    """A GGUF file whose vocabulary has `n` entries, all of them there: empty texts are holes of the file."""
+
+    def make(at: Place) -> list[Any]:
+        file = Gguf()
+        del file.metadata["tokenizer.ggml.tokens"]
+        file.more = text("tokenizer.ggml.tokens") + u32(9) + u32(8) + u64(n)
+        file.n_metadata = len(file.metadata) + 1
+        path = at.file("bad.gguf", file.bytes())
+        os.truncate(path, 8 * n + (1 << 20))
+        return ["inspect", path]
+
+    return make
+
+
+def big_tokenizer(n: int) -> Callable[[Place], None]:
+    """tokenizer.json with a vocabulary of `n` entries."""
+
+    def make(at: Place) -> None:
+        with (at.model / "tokenizer.json").open("w") as f:
+            f.write('{"model": {"type": "BPE", "merges": [], "vocab": {"a": 0')
+            for start in range(1, n, 100_000):
+                f.write("".join(f',"t{i}":{i}' for i in range(start, min(n, start + 100_000))))
+            f.write("}}}")
+
+    return make
+
+
 GGUF: dict[str, Case] = {
+    "ten million tokens": (many_tokens(10_000_000), 2, "'tokenizer.ggml.tokens' claims 10000000 items"),
     "more tensors than bytes": (gguf(lambda f: setattr(f, "n_tensors", 2**60)), 2, "claims .* more than it"),
     "counts that overflow": (gguf(lambda f: setattr(f, "n_metadata", 2**64 - 1)), 2, "claims .* more than"),
     "one tensor too many": (gguf(lambda f: setattr(f, "n_tensors", 13)), 2, r"bad\.gguf: "),
@@ -148,7 +177,8 @@ GGUF: dict[str, Case] = {
     "big endian": (gguf(lambda f: setattr(f, "version", 3 << 24)), 2, "version 50331648 is not"),
     "string of 2^63 bytes": (raw_meta("a", u32(8) + u64(2**63)), 2, "ends inside 'a'"),
     "array of 2^62 numbers": (raw_meta("a", u32(9) + u32(4) + u64(2**62)), 2, "'a' claims 46116860184273"),
-    "array of 2^24 strings": (raw_meta("a", u32(9) + u32(8) + u64(2**24)), 2, "ends inside 'a'"),
+    "array of 2^24 strings": (raw_meta("a", u32(9) + u32(8) + u64(2**24)), 2, "'a' claims 16777216 items"),
+    "array of 2^22 strings": (raw_meta("a", u32(9) + u32(8) + u64(2**22)), 2, "ends inside 'a'"),
     "arrays in arrays": (
         raw_meta("a", u32(9) + (u32(9) + u64(1)) * 1000),
         2,
@@ -382,6 +412,7 @@ def only(name: str) -> Callable[[Place], None]:
 SHARDS: dict[str, Case] = {
     "missing": (mapped("model-00002-of-00002.safetensors"), 2, "shard .*00002.safetensors is missing"),
     "above the folder": (mapped("../../secret.safetensors"), 2, "is not a plain .safetensors file name"),
+    "of 5,000 letters": (mapped("a" * 5000 + ".safetensors"), 2, "is not a plain .safetensors file name"),
     "absolute": (mapped("/etc/passwd"), 2, "is not a plain .safetensors file name"),
     "in a folder": (mapped("a/b.safetensors"), 2, "is not a plain"),
     "with a NUL": (mapped("model\0.safetensors"), 2, "is missing|is not a plain"),
@@ -528,6 +559,7 @@ def deep(depth: int) -> dict[str, Any]:
 
 
 TOKENIZER: dict[str, Case] = {
+    "ten million tokens": (big_tokenizer(10_000_000), 2, r"tokenizer\.json has more than 64 MiB"),
     "300 MB of holes": (
         lambda at: os.truncate(at.model / "tokenizer.json", 300 << 20),
         2,
