@@ -61,7 +61,9 @@ def test_a_second_target_added_to_a_finished_run(run_cli: Callable[..., Any], pl
     first, second = report_of(place), report_of(place, f"report-{PI}.json")
     rows = first.pop("targets")
     assert second.pop("targets") == rows
-    assert {k: v for k, v in first.items() if v != alone[k]} == {"command": first["command"]}
+    assert {k: v for k, v in first.items() if v != alone[k]} == {
+        name: first[name] for name in ("command", "digest")
+    }
     assert (first["target"]["name"], second["target"]["name"]) == ("laptop-cpu", PI)
     assert [(r["target"], r["report"], r["page"]) for r in rows] == [
         ("laptop-cpu", "report.json", "report.html"),

@@ -551,8 +551,18 @@ def reselect(
     held against target and profile.
     """
     report = load_report(run_dir)
-    path = run_dir / report_build.FILE_NAME
     given = {"memory_bytes": memory_bytes, "file_bytes": file_bytes, "decode_tps": min_tps, "kl": max_kl}
+    try:
+        return _reselect(run_dir, report, given)
+    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, ValueError) as error:
+        path = run_dir / report_build.FILE_NAME
+        raise ConfigError(
+            f"{path} cannot be read: {error!r:.100}", "the file is damaged; run the command again"
+        ) from None
+
+
+def _reselect(run_dir: Path, report: dict[str, Any], given: Mapping[str, float | None]) -> dict[str, Any]:
+    path = run_dir / report_build.FILE_NAME
     budget = _other_budget(report, path, given)
     changed = any(value is not None for value in given.values())
     candidates = [
