@@ -624,7 +624,10 @@ def plans(bench: Bench, most: int | None) -> Iterator[tuple[str, list[tuple[str,
     rest = bench.whole_s - bench.start_s
     yield (
         "random",
-        [(rng.choice(list(SIGNALS)), max(0.5, bench.start_s + rng.uniform(-0.3, 0.4) * rest)) for _ in range(n)],
+        [
+            (rng.choice(list(SIGNALS)), max(0.5, bench.start_s + rng.uniform(-0.3, 0.4) * rest))
+            for _ in range(n)
+        ],
     )
 
 

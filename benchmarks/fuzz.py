@@ -18,6 +18,7 @@ import hashlib
 import json
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -358,10 +359,15 @@ def read_items(raw: bytes, folder: Path) -> None:
     from edgeprune.evaluation import localdata
 
     at(folder, "val-labels.lst", b"0\n")
+    refused = []
     for task in localdata._FILES:
         name = "val.txt" if raw[:1] != b"{" else "val.jsonl"
-        with contextlib.suppress(EdgepruneError):
+        try:
             localdata.read_task(at(folder, name, raw), task)
+        except EdgepruneError as error:
+            refused.append(error)
+    if len(refused) == len(localdata._FILES):
+        raise refused[0]
 
 
 def read_suite(raw: bytes, folder: Path) -> None:
@@ -386,12 +392,18 @@ def read_address(raw: bytes, folder: Path) -> None:
     del folder
     from edgeprune.devices import adb, ssh
 
+    refused = []
     for device in (adb, ssh):
-        with contextlib.suppress(EdgepruneError):
+        try:
             made = device.transport(text(raw))
-            # one word for the remote side; nothing of the address became an option
-            assert made.argv("true")[-1] == "true"
-            assert "--" in made.argv("true") or device is adb
+        except EdgepruneError as error:
+            refused.append(error)
+            continue
+        # one word for the remote side; nothing of the address became an option
+        assert made.argv("true")[-1] == "true"
+        assert "--" in made.argv("true") or device is adb
+    if len(refused) == 2:
+        raise refused[0]
 
 
 def read_answer(raw: bytes, folder: Path) -> None:
@@ -570,7 +582,11 @@ def parsers() -> dict[str, Parser]:
         "weights": Parser([_model()], read_weights),
         "sentencepiece": Parser([_sentencepiece()], read_sentencepiece),
         "chat-template": Parser([_TEMPLATE], read_template),
-        "addresses": Parser([b"ssh://me@board.local:2222", b"adb://R58-1:5555"], read_address),
+        # adb's addresses are refused where there is no adb
+        "addresses": Parser(
+            [b"ssh://me@board.local:2222", *([b"adb://R58-1:5555"] if shutil.which("adb") else [])],
+            read_address,
+        ),
         "suites": Parser([_SUITE], read_suite),
         "benchmark-items": Parser(_items(), read_items),
         "texts": Parser([json.dumps(d).encode() for d in (*_DOCUMENTS, _DOCUMENTS)], read_text, json=True),
