@@ -79,3 +79,18 @@ def make_profile() -> Callable[..., Profile]:
         return dataclasses.replace(load_profile("chat-2k"), **over)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint of a family by its name, made once per module."""
+    import builders  # torch, which not every test has
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = builders.tiny_family(tmp_path_factory.mktemp("family"), name)
+        return made[name]
+
+    return folder

@@ -33,18 +33,6 @@ from edgeprune.records import ModelGraph
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 96, 100)]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = builders.tiny_family(tmp_path_factory.mktemp("family"), name)
-        return made[name]
-
-    return folder
-
-
 def export(path: Path, source: Any, after: ModelGraph, family: Family, quantization: str = "F32") -> None:
     exporter.export(
         path,

@@ -17,29 +17,9 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 from builders import tiny_model_with_tokenizer
+from candidates import small_profile
 
-PROFILE = """\
-title = "a whole run in seconds"
-[workload]
-prompt_tokens = 64
-new_tokens = 32
-context_tokens = 128
-[recipe]
-metric = "llm-bip"
-allocators = ["uniform"]
-calibration_samples = 4
-calibration_tokens = 64
-eval_samples = 4
-eval_tokens = 64
-formats = ["gguf"]
-quantizations = ["Q8_0", "Q4_0"]
-ratios = [0.25]
-max_measured = 2
-[bench]
-prompt_tokens = 32
-new_tokens = 8
-repeats = 2
-"""
+PROFILE = small_profile(bench=(32, 8, 2), quantizations=["Q8_0", "Q4_0"])
 SUFFIXES = re.compile(
     r"_(bytes|tps|ms|s|ns|per_s|flops|hz|ghz|tokens|params|parameters|kl)(_low|_high|_stdev|_stderr|_predicted|_measured)?$"
 )

@@ -24,18 +24,6 @@ MOST_GELU_TABLE = 3e-3
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 96, 60)]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = builders.tiny_family(tmp_path_factory.mktemp("family"), name)
-        return made[name]
-
-    return folder
-
-
 def same(expected: np.ndarray, found: np.ndarray, most: float = MOST) -> None:
     assert expected.std() > 0.3  # a flat model would agree with anything
     assert (expected.argmax(axis=1) == found.argmax(axis=1)).all()
