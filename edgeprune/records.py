@@ -561,6 +561,9 @@ class Predicted:
     decode_tps_high: float | None
     flags: LaunchFlags | None
     memory: MemoryParts | None = None
+    kl: float | None = None  # to the dense parent, nats per token; from the candidates measured so far
+    kl_low: float | None = None  # 80% interval
+    kl_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
