@@ -2,10 +2,16 @@
 
 The recipe is ours and explicit, and it agrees with the one llama.cpp applies when it is given only the
 name of a quantization (facts: `src/llama-quant.cpp` of llama-cpp-python 0.3.36).
+
+A *mix* is a quantization with other types for some classes of matrices, written as one name:
+`Q4_0+embedding=Q8_0+attention=Q5_1`. Whatever takes a quantization name takes a mix. An overridden class has
+one type throughout, llama.cpp's exceptions for single layers included; rows that do not fill its blocks get
+what `fit` says. Everything else, and the file type number, stays with the base.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -82,19 +88,111 @@ FLOATS = ("F32", "F16", "BF16")
 _FALLBACK = {"IQ4_XS": "IQ4_NL", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-def check_quantization(name: str) -> tuple[int, str]:
-    """(llama ftype number, default tensor type). Raises ConfigError for an unknown name."""
-    if name not in QUANTIZATIONS:
+# what a mix can name, in the order of its canonical form
+CLASSES = ("embedding", "attention", "ffn")
+# types that llama.cpp makes without an importance matrix; BF16 and F32 hold no more than the F16 they are
+# made from, and fewer bits than Q3_K no pure quantization here has either
+OVERRIDES = (
+    "F16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q5_1",
+    "Q5_0",
+    "Q4_K",
+    "Q4_1",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K",
+)
+_CLASS_OF = {
+    **dict.fromkeys(("token_embd", "output"), "embedding"),
+    **dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"), "attention"),
+    **dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "ffn"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A quantization taken apart: `overrides` are (class, tensor type) in the order of CLASSES."""
+
+    base: str
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Canonical form."""
+        return "+".join([self.base, *(f"{part}={kind}" for part, kind in self.overrides)])
+
+
+@functools.lru_cache(maxsize=4096)
+def parts(name: str) -> Parts:
+    """Take a quantization or mix apart; overrides may come in any order.
+
+    Raises ConfigError for an unknown base, class or type, a class named twice, and overrides of floats.
+    """
+    base, *rest = name.split("+")
+    where = f" in '{name}'" if rest else ""
+    if base not in QUANTIZATIONS:
         raise ConfigError(
-            f"unknown GGUF quantization '{name}'{suggest(name, QUANTIZATIONS)}",
+            f"unknown GGUF quantization '{base}'{where}{suggest(base, QUANTIZATIONS)}",
             f"known: {', '.join(QUANTIZATIONS)}",
         )
-    return QUANTIZATIONS[name]
+    if rest and base in FLOATS:
+        raise ConfigError(
+            f"{base} is not quantized and takes no types by class, as in '{name}'",
+            "start from a quantized type, such as Q8_0+embedding=F16",
+        )
+    found: dict[str, str] = {}
+    for item in rest:
+        part, equals, kind = item.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"'{item}'{where} is not class=TYPE", "such as Q4_0+embedding=Q8_0+attention=Q5_1"
+            )
+        if part not in CLASSES:
+            raise ConfigError(
+                f"unknown class '{part}'{where}{suggest(part, CLASSES)}", f"known: {', '.join(CLASSES)}"
+            )
+        if kind not in OVERRIDES:
+            raise ConfigError(
+                f"unknown type '{kind}' for {part}{where}{suggest(kind, OVERRIDES)}",
+                f"known: {', '.join(OVERRIDES)}",
+            )
+        if part in found:
+            raise ConfigError(f"'{name}' names {part} twice", "each class takes one type")
+        found[part] = kind
+    return Parts(base, tuple((part, found[part]) for part in CLASSES if part in found))
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a quantization or mix: overrides in the order of CLASSES. Raises as `parts`."""
+    return parts(name).name
+
+
+def is_mix(name: str) -> bool:
+    """Whether the name gives some classes types of their own; it need not be a good one."""
+    return "+" in name
+
+
+def tensor_class(name: str) -> str | None:
+    """Class of a matrix by its GGUF name; None for what no mix overrides, biases and norms among it."""
+    stem, _, kind = name.rpartition(".")
+    return _CLASS_OF.get(stem.rpartition(".")[2]) if kind == "weight" else None
+
+
+def check_quantization(name: str) -> tuple[int, str]:
+    """(llama ftype number, default tensor type), of a mix those of its base. Raises as `parts`."""
+    return QUANTIZATIONS[parts(name).base]
 
 
 def block_size(quantization: str) -> int:
-    """Elements that a row must be a multiple of to get the default type of this quantization."""
-    return TYPES[check_quantization(quantization)[1]].block
+    """Elements that a row of a layer's matrix must be a multiple of to keep the type it is meant to get."""
+    found = parts(quantization)
+    own = dict(found.overrides)
+    default = QUANTIZATIONS[found.base][1]
+    return max(TYPES[own.get(part, default)].block for part in ("attention", "ffn"))
 
 
 def ggml_dims(shape: Sequence[int]) -> tuple[int, ...]:
@@ -174,12 +272,15 @@ def choose_types(
     """Type of every tensor of a llama-like model.
 
     Args:
+        quantization: name of one, or a mix.
         tensors: (GGUF name, torch shape), any order.
         n_layers: block_count of the file; the rules count layers by it.
         n_gqa: query heads per KV head of layer 0, which is the one llama.cpp looks at.
         is_70b: llama.cpp takes the model for Llama 70B and gives its small V matrices more bits.
     """
-    default = check_quantization(quantization)[1]
+    found = parts(quantization)
+    quantization, own = found.base, dict(found.overrides)
+    default = QUANTIZATIONS[quantization][1]
     floats = quantization in FLOATS
     names = [name for name, _ in tensors]
     tied = "output.weight" not in names
@@ -193,7 +294,10 @@ def choose_types(
         elif floats:
             out[name] = default
         else:
-            if name == "output.weight" or (tied and name == "token_embd.weight"):
+            part = tensor_class(name) or ""
+            if part in own:
+                chosen = own[part]
+            elif name == "output.weight" or (tied and name == "token_embd.weight"):
                 chosen = _output(default, shape[-1])
             elif name in wide_v:
                 chosen = _attn_v(quantization, default, wide_v[name], len(wide_v), n_gqa, is_70b)

@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from edgeprune.costs import gguf_types
 from edgeprune.costs.memory import KV_ELEMENT_BYTES, kv_bytes
 from edgeprune.errors import ConfigError, UnsupportedModelError
 from edgeprune.records import DeviceTarget, LaunchFlags, ModelDims, PowerMode, SpeedModel
@@ -202,9 +203,11 @@ def check_family(name: str) -> None:
 
 
 def check_quantization(name: str) -> None:
-    """Raises ConfigError for a quantization without a known rate."""
+    """Raises ConfigError for a quantization without a known rate; every type in a mix by class has one."""
     known = {*_NEON, *MIXES}
-    if name not in known:
+    if gguf_types.is_mix(name):
+        gguf_types.check_quantization(name)
+    elif name not in known:
         raise ConfigError(
             f"no speed is known for quantization '{name}'{suggest(name, known)}",
             f"known: {', '.join(sorted(known))}",
@@ -212,8 +215,13 @@ def check_quantization(name: str) -> None:
 
 
 def mix_of(quantization: str) -> Mapping[str, float]:
-    """Shares of tensor types in a file of this quantization."""
+    """Shares of tensor types in a file of this quantization. Raises ConfigError for a mix by class."""
     check_quantization(quantization)
+    if gguf_types.is_mix(quantization):
+        raise ConfigError(
+            f"how many bytes of each type a file of '{quantization}' holds depends on the model",
+            "name the model's folder or the file itself",
+        )
     return MIXES.get(quantization, {quantization: 1.0})
 
 

@@ -118,8 +118,17 @@ def constraints(family: Family, dims: ModelDims, quantization: str) -> Constrain
 # ---------------------------------------------------------------- bytes
 
 
+# (GGUF name, torch shape, type, bytes)
+Row = tuple[str, tuple[int, ...], str, int]
+_MOST_PLANS = 64
+
+
 class FileCost:
-    """Exact bytes of any plan at any quantization; the constant part is counted once."""
+    """Exact bytes of any plan at any quantization or mix.
+
+    What depends on the model only is counted once; of the last plans it keeps what their quantizations
+    share, so that another mix of a plan costs a few sums.
+    """
 
     def __init__(
         self,
@@ -137,19 +146,28 @@ class FileCost:
         self.has_imatrix = has_imatrix
         constant = [*general(name, license_name), *tokenizer(tokenizer_kvs)]
         self._constant_bytes = sum(key_value_bytes(kv) for kv in constant)
+        self._plans: dict[ModelDims, _PlanCost] = {}
 
-    def tensors(self, dims: ModelDims, quantization: str) -> list[tuple[str, tuple[int, ...], str, int]]:
+    def _plan(self, dims: ModelDims) -> _PlanCost:
+        found = self._plans.get(dims)
+        if found is None:
+            table = tensor_table(self.family, dims, self.config)
+            # the quantization is one number among these, of the same size for all of them
+            shape = shape_metadata(self.family, dims, self.config, self.rope, "F16")
+            exact = 24 + self._constant_bytes + sum(key_value_bytes(kv) for kv in shape)
+            exact += sum(tensor_info_bytes(name, size) for name, size, _ in table)
+            found = _PlanCost(self.family, dims, table, pad(exact), has_imatrix=self.has_imatrix)
+            if len(self._plans) >= _MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[dims] = found
+        return found
+
+    def tensors(self, dims: ModelDims, quantization: str) -> list[Row]:
         """(name, torch shape, type, bytes) of every tensor."""
-        table = tensor_table(self.family, dims, self.config)
-        kinds = file_types(self.family, dims, quantization, table, has_imatrix=self.has_imatrix)
-        return [(n, s, kinds[n], types_of.tensor_bytes(kinds[n], s)) for n, s, _ in table]
+        return self._plan(dims).tensors(types_of.parts(quantization))
 
     def file_bytes(self, dims: ModelDims, quantization: str) -> int:
-        rows = self.tensors(dims, quantization)
-        shape = shape_metadata(self.family, dims, self.config, self.rope, quantization)
-        exact = 24 + self._constant_bytes + sum(key_value_bytes(kv) for kv in shape)
-        exact += sum(tensor_info_bytes(name, size) for name, size, _, _ in rows)
-        return pad(exact) + sum(pad(n) for _, _, _, n in rows)
+        return self._plan(dims).file_bytes(types_of.parts(quantization))
 
     def weight_bytes(self, dims: ModelDims, quantization: str) -> int:
         """Bytes of all tensors, without padding."""
@@ -162,6 +180,62 @@ class FileCost:
 
     def largest_tensor_bytes(self, dims: ModelDims, quantization: str) -> int:
         return max(n for _, _, _, n in self.tensors(dims, quantization))
+
+
+class _PlanCost:
+    """Tensors of one plan, by class of matrix; a mix puts together what was counted before."""
+
+    def __init__(
+        self,
+        family: Family,
+        dims: ModelDims,
+        table: Sequence[TableRow],
+        header_bytes: int,
+        *,
+        has_imatrix: bool,
+    ) -> None:
+        self._family, self._dims, self._table = family, dims, table
+        self._header_bytes, self._has_imatrix = header_bytes, has_imatrix
+        self._places: dict[str | None, list[int]] = {}
+        for place, (name, shape, _) in enumerate(table):
+            part = types_of.tensor_class(name) if types_of.may_quantize(name, shape) else None
+            self._places.setdefault(part, []).append(place)
+        self._bases: dict[str, tuple[list[Row], dict[str | None, int]]] = {}
+        self._classes: dict[tuple[str, str], tuple[list[Row], int]] = {}
+
+    def _base(self, quantization: str) -> tuple[list[Row], dict[str | None, int]]:
+        """All rows of a pure quantization, and the padded bytes of each class."""
+        if quantization not in self._bases:
+            kinds = file_types(
+                self._family, self._dims, quantization, self._table, has_imatrix=self._has_imatrix
+            )
+            rows = [(n, s, kinds[n], types_of.tensor_bytes(kinds[n], s)) for n, s, _ in self._table]
+            sums = {part: sum(pad(rows[i][3]) for i in places) for part, places in self._places.items()}
+            self._bases[quantization] = rows, sums
+        return self._bases[quantization]
+
+    def _class(self, part: str, kind: str) -> tuple[list[Row], int]:
+        """Rows of a class whose matrices have one type, and their padded bytes."""
+        if (part, kind) not in self._classes:
+            rows = []
+            for name, shape, _ in (self._table[i] for i in self._places.get(part, ())):
+                fitting = types_of.fit(kind, shape[-1])
+                rows.append((name, shape, fitting, types_of.tensor_bytes(fitting, shape)))
+            self._classes[part, kind] = rows, sum(pad(row[3]) for row in rows)
+        return self._classes[part, kind]
+
+    def tensors(self, found: types_of.Parts) -> list[Row]:
+        out = list(self._base(found.base)[0])
+        for part, kind in found.overrides:
+            for place, row in zip(self._places.get(part, ()), self._class(part, kind)[0], strict=True):
+                out[place] = row
+        return out
+
+    def file_bytes(self, found: types_of.Parts) -> int:
+        sums = dict(self._base(found.base)[1])
+        for part, kind in found.overrides:
+            sums[part] = self._class(part, kind)[1]
+        return self._header_bytes + sum(sums.values())
 
 
 def predict_file_bytes(
