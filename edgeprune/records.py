@@ -150,6 +150,8 @@ class Profile:
     recipe: Recipe
     bench: BenchProtocol
     key: str
+    max_energy_j: float | None = None  # per generated token
+    min_agreement: float | None = None  # share of tokens with the dense model's first choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,9 @@ class Budget:
     first_token_ms: Limit | None  # at most
     kl: Limit | None  # at most
     key: str
+    energy_j: Limit | None = None  # per generated token, at most
+    agreement: Limit | None = None  # at least
+    objective: str = "quality"  # what the best within the limits is best in: quality, speed or size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -504,6 +509,8 @@ class BenchResult:
     build_commit: str = ""
     test_time: str = ""  # UTC, ISO 8601
     doubts: tuple[str, ...] = ()  # why these times may not be the device's own
+    joules_per_token: float | None = None  # of the sustained run, by the tokens it generated; None: no meter
+    meter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -578,6 +585,8 @@ class Measured:
     load_s: float | None
     flags: LaunchFlags | None
     doubts: tuple[str, ...] = ()  # why the speeds may not be the device's own
+    joules_per_token: float | None = None  # None: the device has no meter
+    meter: str | None = None  # RAPL, tegrastats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from edgeprune.records import Budget, Candidate, Limit, Selection, make_key
 from edgeprune.units import format_bytes
@@ -30,7 +31,17 @@ def check_limits(budget: Budget, candidate: Candidate) -> dict[str, bool]:
         out["first_token"] = measured.first_token_ms <= budget.first_token_ms.value
     if budget.kl is not None and quality is not None:
         out["kl"] = quality.kl <= budget.kl.value
+    if budget.energy_j is not None and measured is not None and measured.joules_per_token is not None:
+        out["energy"] = measured.joules_per_token <= budget.energy_j.value
+    if budget.agreement is not None and quality is not None:
+        out["agreement"] = quality.agreement >= budget.agreement.value
     return out
+
+
+def unchecked(budget: Budget, candidate: Candidate) -> tuple[str, ...]:
+    """Limits that a measured candidate could not be held against: nothing there measures the figure."""
+    asked = {"first_token": budget.first_token_ms, "energy": budget.energy_j}
+    return tuple(n for n, limit in asked.items() if limit is not None and n not in candidate.meets)
 
 
 def _limit_text(limit: Limit) -> str:
@@ -90,13 +101,24 @@ def misses(budget: Budget, candidate: Candidate) -> list[tuple[str, float]]:
     if budget.kl is not None and candidate.quality is not None and candidate.quality.kl > budget.kl.value:
         over = candidate.quality.kl / budget.kl.value - 1
         out.append((f"quality: KL {candidate.quality.kl:.3f}, limit {budget.kl.value:g}", over))
+    joules = None if measured is None else measured.joules_per_token
+    if budget.energy_j is not None and joules is not None and joules > budget.energy_j.value:
+        text = f"energy: {joules:.3g} J/token measured, limit {_limit_text(budget.energy_j)}"
+        out.append((text, joules / budget.energy_j.value - 1))
+    if budget.agreement is not None and candidate.quality is not None:
+        share, least = candidate.quality.agreement, budget.agreement.value
+        if share < least:
+            text = f"quality: first choice of the dense model at {100 * share:.1f}% of the tokens"
+            out.append((f"{text}, limit {100 * least:g}%", 1 - share / least))
     return out
 
 
 def select(budget: Budget, candidates: Sequence[Candidate], tie: Tie) -> Selection:
-    """Best measured quality among those that meet every limit; ties by speed, then by size.
+    """The best by the budget's objective among those that meet every limit.
 
-    `tie(a, b)` says whether the quality of two candidate ids cannot be told apart on the same text.
+    quality: best measured quality; ties by speed, then by size. speed: highest decode speed; speeds within
+    the noise are one speed, then quality. size: smallest file, then quality. `tie(a, b)` says whether the
+    quality of two candidate ids cannot be told apart on the same text.
     """
     able = [
         c
@@ -111,32 +133,28 @@ def select(budget: Budget, candidates: Sequence[Candidate], tie: Tie) -> Selecti
         nearest, missed = _nearest(budget, candidates)
         for c in candidates:
             reasons[c.id] = _why_not(budget, c)
-        headline = _nothing(candidates, nearest, missed)
         return Selection(
             selected=None,
             ties=(),
-            headline=headline,
+            headline=_nothing(budget, candidates, nearest, missed),
             nearest=nearest.id if nearest else None,
             missed=tuple(missed),
             reasons=reasons,
             key=key,
         )
-    best = min(able, key=lambda c: (quality_of(c), c.id))
-    ties = [c for c in able if c.id == best.id or tie(c.id, best.id)]
-    winner = _fastest(ties, best)
+    goal = _GOALS[budget.objective](able, tie)
+    winner = goal.winner
     for c in candidates:
         if c.id == winner.id:
-            reasons[c.id] = _why(winner, best, ties)
-        elif c in ties:
-            reasons[c.id] = f"tie: quality cannot be told from {winner.id} on this text, but it is not faster"
+            reasons[c.id] = goal.why + _except(unchecked(budget, winner))
         elif c in able:
-            reasons[c.id] = f"meets every limit; KL {quality_of(c):.4f}, {_times(c, winner)}"
+            reasons[c.id] = goal.why_not(c)
         else:
             reasons[c.id] = _why_not(budget, c)
     return Selection(
         selected=winner.id,
-        ties=tuple(c.id for c in ties if c.id != winner.id),
-        headline=_headline(winner, able),
+        ties=tuple(c.id for c in goal.ties if c.id != winner.id),
+        headline=_headline(winner, able, goal),
         nearest=None,
         missed=(),
         reasons=reasons,
@@ -144,9 +162,39 @@ def select(budget: Budget, candidates: Sequence[Candidate], tie: Tie) -> Selecti
     )
 
 
+def _except(names: Sequence[str]) -> str:
+    """What a reason adds where a limit could not be checked."""
+    shown = " and ".join(name.replace("_", " ") for name in names)
+    return f"; the limit on {shown} could not be checked" if names else ""
+
+
+# ---------------------------------------------------------------- figures
+
+
 def quality_of(candidate: Candidate) -> float:
     assert candidate.quality is not None
     return candidate.quality.kl
+
+
+def to_quality(candidate: Candidate) -> float | None:
+    return None if candidate.quality is None else candidate.quality.kl
+
+
+def speed_of(candidate: Candidate) -> float:
+    """Decode tokens/s, measured before predicted; 0 where neither is known."""
+    if candidate.measured is not None and candidate.measured.decode_tps is not None:
+        return candidate.measured.decode_tps
+    return candidate.predicted.decode_tps or 0.0
+
+
+def size_of(candidate: Candidate) -> int:
+    """Bytes of the file, measured before predicted."""
+    return candidate.artifact.bytes if candidate.artifact else candidate.predicted.file_bytes
+
+
+def _speed_text(candidate: Candidate) -> str:
+    measured = candidate.measured is not None and candidate.measured.decode_tps is not None
+    return f"{speed_of(candidate):.1f} tokens/s {'measured' if measured else 'predicted'}"
 
 
 def _times(candidate: Candidate, winner: Candidate) -> str:
@@ -155,19 +203,114 @@ def _times(candidate: Candidate, winner: Candidate) -> str:
     return f"{quality_of(candidate) / quality_of(winner):.1f}x that of {winner.id}"
 
 
-def to_quality(candidate: Candidate) -> float | None:
-    return None if candidate.quality is None else candidate.quality.kl
+# ---------------------------------------------------------------- objectives
 
 
-def _speed(candidate: Candidate) -> float:
-    if candidate.measured is not None and candidate.measured.decode_tps is not None:
-        return candidate.measured.decode_tps
-    return candidate.predicted.decode_tps or 0.0
+@dataclass(frozen=True, slots=True)
+class _Goal:
+    """What one objective chose, and how it says so."""
+
+    winner: Candidate
+    ties: Sequence[Candidate]  # with the winner
+    why: str
+    why_not: Callable[[Candidate], str]  # of another one that meets every limit
+    rank: Callable[[Candidate], tuple[float, ...]]  # lower is better
+    is_best: str  # of the dense model, in a headline
+    best_of: str  # of a rival
+    figure: Callable[[Candidate], str]
+
+
+def _for_quality(able: Sequence[Candidate], tie: Tie) -> _Goal:
+    best = min(able, key=lambda c: (quality_of(c), c.id))
+    ties = [c for c in able if c.id == best.id or tie(c.id, best.id)]
+    winner = _fastest(ties, best)
+
+    def why_not(c: Candidate) -> str:
+        if c in ties:
+            return f"tie: quality cannot be told from {winner.id} on this text, but it is not faster"
+        return f"meets every limit; KL {quality_of(c):.4f}, {_times(c, winner)}"
+
+    return _Goal(
+        winner,
+        ties,
+        _why(winner, best, ties),
+        why_not,
+        lambda c: (quality_of(c),),
+        "the best that fits",
+        "best",
+        lambda c: f"KL {quality_of(c):.4f}",
+    )
+
+
+def _for_speed(able: Sequence[Candidate], tie: Tie) -> _Goal:
+    top = max(speed_of(c) for c in able)
+    fast = [c for c in able if speed_of(c) >= (1 - SPEED_NOISE) * top]
+    winner = min(fast, key=lambda c: (quality_of(c), -speed_of(c), c.id))
+    ties = [c for c in fast if c.id == winner.id or tie(c.id, winner.id)]
+    within = f"within {100 * SPEED_NOISE:.0f}%"
+    if not top:
+        why = "selected: no speed is known, measured or predicted, so best measured quality"
+    elif len(fast) > 1:
+        why = f"selected: best measured quality among the {len(fast)} fastest, whose speeds are one {within}"
+    else:
+        why = "selected: fastest decode among those that meet every limit"
+
+    def why_not(c: Candidate) -> str:
+        if c in ties:
+            return f"tie: neither speed, {within}, nor quality can be told from {winner.id}"
+        shown = f"{_speed_text(c)}, KL {quality_of(c):.4f}"
+        if c in fast:
+            return f"meets every limit; as fast as {winner.id} {within}, but worse: {shown}"
+        return f"meets every limit; {speed_of(c) / speed_of(winner):.2f}x the speed of {winner.id}: {shown}"
+
+    return _Goal(
+        winner,
+        ties,
+        why,
+        why_not,
+        lambda c: (-speed_of(c), quality_of(c)),
+        "the fastest that meets every limit",
+        "fastest",
+        lambda c: f"{_speed_text(c)}, KL {quality_of(c):.4f}",
+    )
+
+
+def _for_size(able: Sequence[Candidate], tie: Tie) -> _Goal:
+    least = min(size_of(c) for c in able)
+    small = [c for c in able if size_of(c) == least]
+    winner = min(small, key=lambda c: (quality_of(c), c.id))
+    ties = [c for c in small if c.id == winner.id or tie(c.id, winner.id)]
+
+    def why_not(c: Candidate) -> str:
+        if c in ties:
+            return f"tie: a file of the same size, and quality cannot be told from {winner.id}"
+        shown = f"a file of {format_bytes(size_of(c))}, KL {quality_of(c):.4f}"
+        if c in small:
+            return f"meets every limit; a file of the same size, but worse: KL {quality_of(c):.4f}"
+        return f"meets every limit; {shown}, {size_of(c) / size_of(winner):.2f}x the bytes of {winner.id}"
+
+    return _Goal(
+        winner,
+        ties,
+        "selected: smallest file among those that meet every limit",
+        why_not,
+        lambda c: (size_of(c), quality_of(c)),
+        "the smallest that meets every limit",
+        "smallest",
+        lambda c: f"a file of {format_bytes(size_of(c))}, KL {quality_of(c):.4f}",
+    )
+
+
+_GOALS: Mapping[str, Callable[[Sequence[Candidate], Tie], _Goal]] = {
+    "quality": _for_quality,
+    "speed": _for_speed,
+    "size": _for_size,
+}
 
 
 def _fastest(ties: Sequence[Candidate], best: Candidate) -> Candidate:
-    top = max(_speed(c) for c in ties)
-    fast = [c for c in ties if _speed(c) >= (1 - SPEED_NOISE) * top]
+    top = max(speed_of(c) for c in ties)
+    fast = [c for c in ties if speed_of(c) >= (1 - SPEED_NOISE) * top]
     if best in fast:
         return best
     return min(fast, key=lambda c: (quality_of(c), c.id))
@@ -177,11 +320,14 @@ def _why(winner: Candidate, best: Candidate, ties: Sequence[Candidate]) -> str:
     if winner.id != best.id:
         return (
             f"selected: quality cannot be told from the best ({best.id}), and it decodes faster "
-            f"({_speed(winner):.0f} against {_speed(best):.0f} tokens/s)"
+            f"({speed_of(winner):.0f} against {speed_of(best):.0f} tokens/s)"
         )
     if len(ties) > 1:
         return "selected: best measured quality; others tie with it and none is clearly faster"
     return "selected: best measured quality among those that meet every limit"
+
+
+# ---------------------------------------------------------------- sentences
 
 
 def _why_not(budget: Budget, candidate: Candidate) -> str:
@@ -193,47 +339,65 @@ def _why_not(budget: Budget, candidate: Candidate) -> str:
     return "misses " + "; ".join(missed) if missed else candidate.reason
 
 
-def _nothing(candidates: Sequence[Candidate], nearest: Candidate | None, missed: Sequence[str]) -> str:
+def _nothing(
+    budget: Budget, candidates: Sequence[Candidate], nearest: Candidate | None, missed: Sequence[str]
+) -> str:
     failed = [c for c in candidates if c.error is not None]
     why = f" {len(failed)} failed, the first, {failed[0].id}: {failed[0].error}." if failed else ""
     if nearest is None:
         return f"No candidate could be measured.{why}"
-    return f"Nothing fits the budget. Nearest: {nearest.id}; missed {'; '.join(missed)}.{why}"
+    lost = {"speed": ", so there is no fastest", "size": ", so there is no smallest"}
+    text = f"Nothing fits the budget{lost.get(budget.objective, '')}."
+    return f"{text} Nearest: {nearest.id}; missed {'; '.join(missed)}.{why}"
 
 
 def _nearest(budget: Budget, candidates: Sequence[Candidate]) -> tuple[Candidate | None, list[str]]:
-    best: tuple[float, Candidate, list[str]] | None = None
+    """The one that misses its worst limit by least; of several the better one by the objective."""
+    ranks: Mapping[str, Callable[[Candidate], float]] = {
+        "quality": lambda c: 0.0,
+        "speed": lambda c: -speed_of(c),
+        "size": size_of,
+    }
+    best: tuple[tuple[float, float], Candidate, list[str]] | None = None
     for c in candidates:
         if c.error is not None:
             continue
         found = misses(budget, c)
         if not found:
             continue  # not measured, so nothing is known that it misses
-        worst = max(size for _, size in found)
+        worst = (max(size for _, size in found), ranks[budget.objective](c))
         if best is None or worst < best[0]:
             best = (worst, c, [text for text, _ in found])
     return (None, []) if best is None else (best[1], best[2])
 
 
-def _headline(winner: Candidate, able: Sequence[Candidate]) -> str:
+def _headline(winner: Candidate, able: Sequence[Candidate], goal: _Goal) -> str:
     pruned = [c for c in able if c.ratio > 0]
     dense = [c for c in able if c.ratio == 0]
     if winner.ratio == 0:
-        text = f"Do not prune: the dense model at {winner.quantization} is the best that fits"
+        text = f"Do not prune: the dense model at {winner.quantization} is {goal.is_best}"
         if pruned:
-            rival = min(pruned, key=quality_of)
+            rival = min(pruned, key=goal.rank)
             text += (
-                f" (KL {quality_of(winner):.4f}; the best pruned candidate, {rival.id}, "
-                f"reaches {quality_of(rival):.4f})"
+                f" ({goal.figure(winner)}; the {goal.best_of} pruned candidate, {rival.id}, "
+                f"reaches {_bare(goal.figure(rival))})"
             )
+        elif goal.best_of != "best":
+            text += f" ({goal.figure(winner)})"
         return text + "."
     text = (
         f"Prune {100 * winner.ratio:.1f}% of the decoder layers and quantize to {winner.quantization} "
-        f"(KL {quality_of(winner):.4f}"
+        f"({goal.figure(winner)}"
     )
     if dense:
-        rival = min(dense, key=quality_of)
-        text += f"; the best dense model that fits, {rival.quantization}, reaches {quality_of(rival):.4f}"
+        rival = min(dense, key=goal.rank)
+        text += f"; the {goal.best_of} dense model that fits, {rival.quantization}, "
+        text += f"reaches {_bare(goal.figure(rival))}"
     else:
         text += "; no dense model fits the budget"
     return text + ")."
+
+
+def _bare(figure: str) -> str:
+    """A figure behind 'reaches'."""
+    return figure.removeprefix("KL ")

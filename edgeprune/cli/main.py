@@ -156,7 +156,33 @@ class _Verbs(click.Group):
 )
 @click.option("--max-file", metavar="SIZE", help="Largest file to ship.")
 @click.option("--min-tps", type=float, metavar="X", help="Slowest decode allowed, tokens per second.")
+@click.option(
+    "--max-first-token",
+    type=float,
+    metavar="MS",
+    help="Longest wait for the first token behind the profile's prompt, milliseconds.",
+)
+@click.option(
+    "--max-energy",
+    type=float,
+    metavar="J",
+    help="Most energy for a generated token, joules; checked where the device has a meter.",
+)
 @click.option("--max-kl", type=float, metavar="X", help="Largest KL to the dense model, nats per token.")
+@click.option(
+    "--min-agreement",
+    type=float,
+    metavar="X",
+    help="Smallest share of tokens, 0 to 1, whose first choice is the dense model's.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["quality", "speed", "size"]),
+    default="quality",
+    show_default=True,
+    help="Within the limits take the best quality, the fastest decode or the smallest file; the last two "
+    "need --max-kl or --min-agreement.",
+)
 @click.option("--metric", metavar="NAME", help="Importance metric. Default: the profile's.")
 @metric_option_option
 @click.option(
@@ -197,7 +223,7 @@ class _Verbs(click.Group):
     "quantizations",
     multiple=True,
     metavar="TYPE",
-    help="Allow only this type, such as Q4_0; may be repeated. Default: the profile's.",
+    help="Allow only this type, such as Q4_0 or Q4_0+ffn=Q5_1; may be repeated. Default: the profile's.",
 )
 @click.option(
     "--max-candidates", type=click.IntRange(min=1), metavar="N", help="Measure at most N candidates."
@@ -229,6 +255,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
       edgeprune --target laptop-cpu --budget 200MB
       edgeprune --target jetson-orin --budget 6GB --model org/name
       edgeprune --target raspberry-pi-5-8gb --target laptop-cpu --budget 200MB
+      edgeprune --target laptop-cpu --objective speed --max-kl 0.1
       edgeprune targets show jetson-orin
     """
     if ctx.invoked_subcommand is not None:
@@ -258,7 +285,11 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         out=out,
         file_bytes=file_bytes,
         min_tps=given["min_tps"],
+        max_first_token_ms=given["max_first_token"],
+        max_energy_j=given["max_energy"],
         max_kl=given["max_kl"],
+        min_agreement=given["min_agreement"],
+        objective=given["objective"],
         metric=given["metric"],
         metric_options=given["metric_options"],
         calibration=given["calibration"],

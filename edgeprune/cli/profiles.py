@@ -63,6 +63,8 @@ def show(name: str, form: str) -> None:
             ("slowest decode", _limit(profile.min_decode_tps, "tokens/s")),
             ("first token within", _limit(profile.max_first_token_ms, "ms")),
             ("largest KL", _limit(profile.max_kl, "nats a token")),
+            ("least agreement", _limit(profile.min_agreement, "of tokens")),
+            ("most energy", _limit(profile.max_energy_j, "J a token")),
             ("metric", recipe.metric),
             ("allocators", " ".join(recipe.allocators)),
             ("calibration", f"{recipe.calibration_samples} samples of {recipe.calibration_tokens} tokens"),

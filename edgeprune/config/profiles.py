@@ -18,6 +18,8 @@ class _Limits:
     min_decode_tps: float | None = None
     max_first_token_ms: float | None = None
     max_kl: float | None = None
+    max_energy_j: float | None = None
+    min_agreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,8 @@ def read_profile(path: Path) -> Profile:
         min_decode_tps=file.limits.min_decode_tps,
         max_first_token_ms=file.limits.max_first_token_ms,
         max_kl=file.limits.max_kl,
+        max_energy_j=file.limits.max_energy_j,
+        min_agreement=file.limits.min_agreement,
         recipe=file.recipe,
         bench=file.bench,
         key="",
@@ -98,4 +102,6 @@ def _profile_problems(file: _ProfileFile, shown: str) -> list[str]:
     for field in dataclasses.fields(_Limits):
         value = getattr(file.limits, field.name)
         need(value is None or value > 0, f"[limits] '{field.name}' must be positive")
+    share = file.limits.min_agreement
+    need(share is None or share <= 1, "[limits] 'min_agreement' is a share of tokens and must be at most 1")
     return problems

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ class DeviceBench:
                 "flags": to_plain(flags),
             },
         )
+        joules, meter = energy(found["sustained"])
         state, after = (
             calibrating.state_of(found[when], cpu=self.session.facts["cpu"], threads=self.threads())
             for when in ("before", "after")
@@ -160,6 +161,8 @@ class DeviceBench:
                 own_s=found["own_s"],
                 spread=bench.relative_spread(protocol.new_tokens, found["decode_ns"]),
             ),
+            joules_per_token=joules,
+            meter=meter,
         )
 
     def drop(self, sha256: str) -> None:
@@ -182,6 +185,16 @@ class DeviceBench:
             self.run.root / "arrays" / f"device-{key}.json", json.dumps(answer, indent=1) + "\n"
         )
         return found
+
+
+def energy(sustained: Mapping[str, Any] | None) -> tuple[float | None, str | None]:
+    """(Joules per generated token, meter) of a device's sustained run; (None, None) where nothing metered it.
+
+    What the meter sees is the whole package or board, idle power and the run's own prompts included.
+    """
+    if sustained is None or not sustained.get("tokens") or not (sustained.get("joules") or 0) > 0:
+        return None, None
+    return sustained["joules"] / sustained["tokens"], sustained.get("meter")
 
 
 @contextlib.contextmanager

@@ -493,6 +493,8 @@ _LIMIT_FIELDS = {
     "decode_speed": "decode_tps",
     "first_token": "first_token_ms",
     "kl": "kl",
+    "energy": "energy_j",
+    "agreement": "agreement",
 }
 
 
@@ -544,16 +546,28 @@ def reselect(
     file_bytes: int | None = None,
     min_tps: float | None = None,
     max_kl: float | None = None,
+    max_first_token_ms: float | None = None,
+    max_energy_j: float | None = None,
+    min_agreement: float | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Choose again from what a finished run measured, under other limits; the report with the new answer.
 
-    Nothing is written. A limit that is not given stays the run's; a given one replaces it, and is still
-    held against target and profile.
+    Nothing is written. A limit or objective that is not given stays the run's; a given limit replaces it,
+    and is still held against target and profile.
     """
     report = load_report(run_dir)
-    given = {"memory_bytes": memory_bytes, "file_bytes": file_bytes, "decode_tps": min_tps, "kl": max_kl}
+    given = {
+        "memory_bytes": memory_bytes,
+        "file_bytes": file_bytes,
+        "decode_tps": min_tps,
+        "first_token_ms": max_first_token_ms,
+        "kl": max_kl,
+        "energy_j": max_energy_j,
+        "agreement": min_agreement,
+    }
     try:
-        return _reselect(run_dir, report, given)
+        return _reselect(run_dir, report, given, objective or report.get("objective", "quality"))
     except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, ValueError) as error:
         path = run_dir / report_build.FILE_NAME
         raise ConfigError(
@@ -561,9 +575,11 @@ def reselect(
         ) from None
 
 
-def _reselect(run_dir: Path, report: dict[str, Any], given: Mapping[str, float | None]) -> dict[str, Any]:
+def _reselect(
+    run_dir: Path, report: dict[str, Any], given: Mapping[str, float | None], objective: str
+) -> dict[str, Any]:
     path = run_dir / report_build.FILE_NAME
-    budget = _other_budget(report, path, given)
+    budget = _other_budget(report, path, given, objective)
     changed = any(value is not None for value in given.values())
     candidates = [
         dataclasses.replace(
@@ -586,6 +602,7 @@ def _reselect(run_dir: Path, report: dict[str, Any], given: Mapping[str, float |
             for name, field in _LIMIT_FIELDS.items()
             if (limit := getattr(budget, field)) is not None
         },
+        "objective": budget.objective,
         "candidates": [
             to_plain(dataclasses.replace(c, reason=chosen.reasons.get(c.id, c.reason))) for c in candidates
         ],
@@ -611,7 +628,9 @@ def _candidates(report: Mapping[str, Any], path: Path) -> list[Candidate]:
     return [records.from_plain(Candidate, c, where=f"{path}: candidates[{i}]") for i, c in enumerate(rows)]
 
 
-def _other_budget(report: Mapping[str, Any], path: Path, given: Mapping[str, float | None]) -> Budget:
+def _other_budget(
+    report: Mapping[str, Any], path: Path, given: Mapping[str, float | None], objective: str
+) -> Budget:
     target = records.from_plain(DeviceTarget, report["target"], where=f"{path}: target")
     profile = records.from_plain(Profile, report["profile"], where=f"{path}: profile")
     fresh = budgets.resolve_budget(target, profile, **given)  # type: ignore[arg-type]
@@ -625,7 +644,9 @@ def _other_budget(report: Mapping[str, Any], path: Path, given: Mapping[str, flo
             limits[field] = records.from_plain(Limit, plain, where=f"{path}: budget.{name}")
         else:
             limits[field] = None
-    return dataclasses.replace(fresh, key=make_key("budget", to_plain(limits)), **limits)  # type: ignore[arg-type]
+    budgets.check_objective(objective, floor=bool(limits["kl"] or limits["agreement"]))
+    key = make_key("budget", to_plain(limits), objective)
+    return dataclasses.replace(fresh, key=key, objective=objective, **limits)  # type: ignore[arg-type]
 
 
 def _unmeasured(budget: Budget, candidate: Candidate) -> str:

@@ -17,7 +17,7 @@ from edgeprune import bench, data, planner, quality, registry, rundir, selection
 from edgeprune.config import budget as budgets
 from edgeprune.config.targets import read_calibration, with_calibration
 from edgeprune.costs import speed
-from edgeprune.costs.gguf_types import check_quantization
+from edgeprune.costs.gguf_types import canonical
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
@@ -98,6 +98,10 @@ class RunOptions:
     trim_vocab: tuple[str, ...] = ()  # texts or languages whose tokens stay; empty: all stay
     trim_check: str | None = None
     query_heads: bool = False  # attention gives up query heads, not KV groups
+    max_first_token_ms: float | None = None
+    max_energy_j: float | None = None  # per generated token
+    min_agreement: float | None = None
+    objective: str = "quality"  # quality, speed or size: what the best within the limits is best in
     label: str | None = None  # of a further target in the same run folder: part of its report's name
 
 
@@ -121,8 +125,9 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
     metric, metric_options = prepare.load_metric(
         options.metric or profile.recipe.metric, options.metric_options
     )
-    quantizations = tuple(dict.fromkeys(options.quantizations or profile.recipe.quantizations))
-    _check_recipe(profile, quantizations)
+    asked_types = options.quantizations or profile.recipe.quantizations
+    quantizations = tuple(dict.fromkeys(canonical(name) for name in asked_types))
+    _check_recipe(profile)
     for text in (options.calibration, options.eval_text):
         if text is not None:
             data.read_text(text)  # a wrong name is found now, not after the model has been read
@@ -157,7 +162,11 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             memory_bytes=options.budget_bytes,
             file_bytes=options.file_bytes,
             decode_tps=options.min_tps,
+            first_token_ms=options.max_first_token_ms,
             kl=options.max_kl,
+            energy_j=options.max_energy_j,
+            agreement=options.min_agreement,
+            objective=options.objective,
         )
         if took:
             progress.say(took)
@@ -231,10 +240,8 @@ def _with_machine(folder: rundir.RunDir, target: DeviceTarget) -> DeviceTarget:
     return detected
 
 
-def _check_recipe(profile: Profile, quantizations: tuple[str, ...]) -> None:
+def _check_recipe(profile: Profile) -> None:
     """Refuse names in a profile that no plug-in has, before the slow part."""
-    for name in quantizations:
-        check_quantization(name)
     refine.check_compensation(profile.recipe.compensation)
     for name in profile.recipe.allocators:
         if planner.load_allocator(name).measures:
@@ -589,6 +596,8 @@ class _Job:
                 load_s=result.memory.load_ns / 1e9,
                 flags=result.memory.flags,
                 doubts=() if timed is None else _doubts(timed, builds),
+                joules_per_token=None if timed is None else timed.joules_per_token,
+                meter=None if timed is None else timed.meter,
             )
         summary = None
         if result.quality is not None:

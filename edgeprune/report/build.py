@@ -83,6 +83,8 @@ def _limits(budget: Budget) -> dict[str, Any]:
         "decode_speed": budget.decode_tps,
         "first_token": budget.first_token_ms,
         "kl": budget.kl,
+        "energy": budget.energy_j,
+        "agreement": budget.agreement,
     }
     return {
         name: {"value": limit.value, "unit": limit.unit, "from": limit.source}
@@ -131,6 +133,7 @@ def build(
         "target_choice": context.get("target_choice"),
         "profile": to_plain(profile),
         "budget": _limits(budget),
+        "objective": budget.objective,
         "scores": context.get("scores"),
         "calibration": to_plain(context.get("calibration")),
         "evaluation": to_plain(context.get("evaluation")),
@@ -147,6 +150,7 @@ def build(
         "launch": launch,
         "against_selected": to_plain(context.get("against_selected", {})),
         "power_modes": to_plain(context.get("power_modes", ())),
+        "search": to_plain(context.get("search")),
         "samples": to_plain(context.get("samples", ())),
     }
     report["answers"] = answers(report)
