@@ -135,7 +135,7 @@ def check_objective(objective: str, *, floor: bool) -> None:
         raise ConfigError(
             f"--objective {objective} needs a floor of quality: without one the {wins} model wins, "
             "however bad it is",
-            "add --max-kl 0.2 or --min-agreement 0.75, which is about what Q4_0 alone costs the default model",
+            "add --max-kl 0.2 or --min-agreement 0.75, about what Q4_0 alone costs the default model",
         )
 
 
