@@ -79,7 +79,11 @@ class _Load:
     help="Parameters, with --read-bytes. Default: what the bytes hold.",
 )
 @click.option("--family", metavar="NAME", help="Model type, with --read-bytes; refused if not covered.")
-@click.option("--quantization", metavar="TYPE", help="Such as Q4_K_M. An artifact says its own.")
+@click.option(
+    "--quantization",
+    metavar="TYPE",
+    help="Such as Q4_K_M; with --model also a mix. An artifact says its own.",
+)
 @click.option(
     "--context",
     type=click.IntRange(min=0),
@@ -228,6 +232,7 @@ def _load(
     speed_costs.check_quantization(quantization)
     if model is not None:
         return _of_folder(Path(model), quantization)
+    speed_costs.mix_of(quantization)
     if layers is None or kv_dim is None:
         raise ConfigError("--read-bytes needs --layers and --kv-dim", "both are in the model's config.json")
     assert read_bytes is not None

@@ -27,7 +27,7 @@ from edgeprune import (
     verify,
 )
 from edgeprune import graph as graphs
-from edgeprune.costs.gguf_types import FLOATS, check_quantization
+from edgeprune.costs.gguf_types import FLOATS, canonical
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, StageError
 from edgeprune.exporters import gguf
@@ -424,8 +424,7 @@ def export(
     if format_name == "onnx":
         name = quantization or "int4"
         return _export_onnx(model, out, name, imatrix_text, check, seed, threads, trim, progress)
-    quantization = quantization or "Q4_0"
-    check_quantization(quantization)
+    quantization = canonical(quantization or "Q4_0")
     _check_out_file(out, exporter.suffix)
     trimming.check(trim)
     threads = threads or local.available_threads()

@@ -61,6 +61,11 @@ def check_type(quantization: str | None) -> None:
             "recovery method 'group' tunes quantized weights and wants to know the export type",
             f"name it with --quantization {' or '.join(BITS)}",
         )
+    if gguf_types.is_mix(quantization):
+        raise ConfigError(
+            f"recovery method 'group' tunes one type, and {gguf_types.canonical(quantization)} is a mix",
+            f"use it with {' or '.join(BITS)} alone, or choose another --recovery method",
+        )
     default = gguf_types.check_quantization(quantization)[1]
     if default not in BITS:
         raise ConfigError(
