@@ -9,6 +9,7 @@ Training text is 30 Wikipedia articles (--train-text: it should not be what the 
 what the parent writes itself (rows ending in 'self'). Judged in bfloat16 on text that was not trained on:
 WikiText-2 test (first --tokens tokens, windows of 2048) and other C4 pages (full KL to the dense model and
 perplexity, windows of 512). 'closed' is the share of the pruned model's excess perplexity that is gone.
+With --items N also on the first N items of PIQA and of ARC-Easy that a fixed seed draws (needs the eval extra).
 Rows are kept in benchmarks/results/recovery.json as they come, so a stopped run goes on where it was.
 `--split valid` reads WikiText-2 validation text, which settings may be tuned on; the test text is for
 reporting only.
@@ -41,12 +42,14 @@ from metrics import wikitext
 
 from edgeprune import locate
 from edgeprune.evaluation import engines, texts
+from edgeprune.evaluation import run as evaluation
 from edgeprune.evaluation.groups import Store
+from edgeprune.evaluation.suites import Suite
 from edgeprune.pipeline import parent as parents
 from edgeprune.progress import Silent
 from edgeprune.rundir import RunDir
 
-C4 = "C4"
+TASKS = ("piqa", "arc_easy")
 LM = ("--recovery-objective", "lm")
 GROUP = ("--recovery", "group", "--quantization", "Q4_1")
 ROWS: dict[str, tuple[str, ...]] = {
@@ -82,9 +85,22 @@ class Judge(quality.Judge):
         other = (args.data / "calibration" / "exllamav2_c4.utf8").read_text(encoding="utf-8")
         super().__init__(folder, self._text, other, args)
         self._args, self._folder = args, folder
+        self._suite = Suite(tasks=TASKS, items=args.items)
+        self._tasks = evaluation.open_sources(self._suite, args.data) if args.items else None
 
     def __call__(self, folder: Path | None) -> dict[str, float]:
-        return self._read(folder, perplexity=(self._ids, 2048), perplexity_c4=(self._other, 512))
+        found = self._read(folder, perplexity=(self._ids, 2048), perplexity_c4=(self._other, 512))
+        return {**found, **self._accuracy(folder or self._folder)}
+
+    def _accuracy(self, folder: Path) -> dict[str, float]:
+        if self._tasks is None:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="edgeprune-items-") as scratch, RunDir(Path(scratch)) as run:
+            settings = engines.Settings(threads=torch.get_num_threads(), dtype="bfloat16")
+            asked = evaluation.score(
+                *(folder, self._suite, self._tasks, run), settings=settings, seed=0, progress=Silent()
+            )
+        return {f"accuracy_{task.task}": task.metrics["acc"][0] for task in asked.tasks}
 
     def file(self, folder: Path | None) -> dict[str, Any]:
         """Export a folder and score the file; nothing without --files."""
@@ -142,14 +158,17 @@ def recover(pruned: Path, parent: Path, out: Path, row: str, args: argparse.Name
 def show(rows: list[dict[str, Any]]) -> None:
     files = any(r.get("file") for r in rows)
 
+    asked = [task for task in TASKS if f"accuracy_{task}" in rows[0]]
+
     def of_file(row: dict[str, Any]) -> str:
-        return f" {row['file_perplexity']:.2f} |" if files else ""
+        out = f" {row['file_perplexity']:.2f} |" if files else ""
+        return out + "".join(f" {row[f'accuracy_{task}']:.3f} |" for task in asked)
 
     print(
         "| ratio | recovery | tokens | seconds | peak RSS, GB | perplexity | closed | KL C4 | perplexity C4 "
-        f"|{' file |' if files else ''}"
+        f"|{' file |' if files else ''}{''.join(f' {task} |' for task in asked)}"
     )
-    print(f"|---|---|---|---|---|---|---|---|---|{'---|' if files else ''}")
+    print(f"|---|---|---|---|---|---|---|---|---|{'---|' if files else ''}{'---|' * len(asked)}")
     dense = next(r for r in rows if r["row"] == "dense")
     print(
         f"| 0 | dense | | | | {dense['perplexity']:.2f} | | | {dense['perplexity_c4']:.2f} |{of_file(dense)}"
@@ -180,6 +199,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="equal time instead of equal tokens")
     parser.add_argument("--tokens", type=int, default=65_536, help="of the evaluation text")
     parser.add_argument("--kl-tokens", type=int, default=16_384)
+    parser.add_argument("--items", type=int, help="of PIQA and of ARC-Easy; default: none")
     parser.add_argument("--split", choices=["test", "valid"], default="test")
     parser.add_argument("--more", default="", help="further options of 'edgeprune recover', in one string")
     parser.add_argument("--pruned", type=Path, help="take this pruned folder instead (one ratio)")
@@ -201,6 +221,7 @@ def main() -> None:
         "more": args.more,
         "train_text": args.train_text,
         "file": args.files,
+        **({"items": args.items} if args.items else {}),
     }
     mine = lambda: [r for r in rows if all(r.get(k) == v for k, v in asked.items())]  # noqa: E731
     if args.table:
