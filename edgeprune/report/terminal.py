@@ -53,6 +53,9 @@ def render_table(report: Mapping[str, Any], folder: str | None = None) -> str:
             else f"{limit['value']:g} {limit['unit']}"
         )
         console.print(f"limit {name.replace('_', ' ')}: {shown} (from {limit['from']})", soft_wrap=True)
+    searched = answers.search_line(report)
+    if searched:
+        console.print(searched, soft_wrap=True)
     measured = [c for c in report["candidates"] if c["measured"] is not None or c["error"] is not None]
     if measured:
         console.print()
@@ -90,7 +93,7 @@ def _matrix(rows: Sequence[Mapping[str, Any]]) -> Table:
         p, m, q = c["predicted"], c["measured"], c["quality"]
         table.add_row(
             row["target"],
-            c["id"],
+            _lines(c["id"]),
             limit,
             "-" if not m or m["peak_memory_bytes"] is None else f"{m['peak_memory_bytes'] / 1e6:.0f}",
             "-" if p["decode_tps"] is None else f"{p['decode_tps_low']:.0f}-{p['decode_tps_high']:.0f}",
@@ -98,6 +101,11 @@ def _matrix(rows: Sequence[Mapping[str, Any]]) -> Table:
             "-" if not q else f"{q['kl']:.4f}±{q['kl_stderr']:.4f}",
         )
     return table
+
+
+def _lines(name: str) -> str:
+    """A name that ends in a mix of types, one line for each of them; others as they are."""
+    return name.replace("+", "\n  +")
 
 
 def _mark(report: Mapping[str, Any], candidate: Mapping[str, Any]) -> str:
@@ -129,10 +137,12 @@ def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
     for c in rows:
         p, m, q = c["predicted"], c["measured"], c["quality"]
         missed = [name for name, ok in c["meets"].items() if not ok]
-        limits = "failed" if c["error"] else "misses " + ", ".join(missed) if missed else "met"
+        limits = "failed" if c["error"] else "misses " + ",\n".join(missed) if missed else "met"
+        open_ = [] if c["error"] else answers.unchecked(report, c)
+        limits += "".join(f",\n{name.replace('_', ' ')} ?" for name in open_)
         table.add_row(
             _mark(report, c),
-            c["id"],
+            _lines(c["id"]),
             f"{100 * c['ratio']:.1f}",
             f"{c['artifact']['bytes'] / 1e6:.1f}" if c["artifact"] else "-",
             f"{p['peak_memory_bytes'] / 1e6:.0f}",
@@ -157,6 +167,8 @@ def _footnotes(report: Mapping[str, Any]) -> str:
     lines = ["> selected, = quality cannot be told from it; pred. predicted, meas. measured"]
     if any(c["measured"] and c["measured"]["noisy"] for c in report["candidates"]):
         lines.append("~ the repeats spread by more than 10%: something else was using the machine")
+    if any(answers.unchecked(report, c) for c in report["candidates"] if c["meets"]):
+        lines.append("? nothing measured it, so this limit could not be checked")
     lines += answers.doubt_lines(report)
     evaluation = report["evaluation"]
     if evaluation:
