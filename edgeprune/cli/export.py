@@ -19,7 +19,8 @@ from edgeprune.cli._plans import vocabulary_pairs
 @click.option(
     "--quantization",
     metavar="TYPE",
-    help="A GGUF type, or int4, int8, fp16 or fp32 for ONNX. Default: Q4_0, for ONNX int4.",
+    help="A GGUF type or mix of types by class (docs/quantization.md), or int4, int8, fp16 or fp32 for ONNX. "
+    "Default: Q4_0, for ONNX int4.",
 )
 @click.option(
     "--imatrix-calibration",
@@ -57,6 +58,7 @@ def command(
     \b
     Examples:
       edgeprune export pruned --format gguf --quantization Q4_0 --out pruned.gguf
+      edgeprune export pruned --quantization Q4_0+embedding=Q8_0+attention=Q5_1 --out mixed.gguf
       edgeprune export pruned --format onnx --quantization int4 --out pruned-onnx
       edgeprune export ./my-model --trim-vocab my-text.txt --out small.gguf
     """

@@ -24,7 +24,7 @@ from edgeprune.units import parse_bytes
 @click.option("--ratio", type=float, metavar="R", help="Share of decoder-layer parameters to remove.")
 @click.option("--budget", metavar="SIZE", help="Instead: remove as little as fits this much memory.")
 @click.option(
-    "--quantization", metavar="TYPE", help="GGUF type the widths must suit. Required with --budget."
+    "--quantization", metavar="TYPE", help="GGUF type or mix the widths must suit. Required with --budget."
 )
 @click.option(
     "--context",
