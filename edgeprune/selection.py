@@ -203,6 +203,15 @@ def _times(candidate: Candidate, winner: Candidate) -> str:
     return f"{quality_of(candidate) / quality_of(winner):.1f}x that of {winner.id}"
 
 
+def value(budget: Budget, candidate: Candidate) -> float:
+    """What the budget's objective makes of a measured candidate; smaller is better."""
+    if budget.objective == "size":
+        return float(candidate.artifact.bytes if candidate.artifact else candidate.predicted.file_bytes)
+    if budget.objective == "speed" and speed_of(candidate):
+        return 1.0 / speed_of(candidate)
+    return quality_of(candidate)
+
+
 # ---------------------------------------------------------------- objectives
 
 
@@ -380,7 +389,7 @@ def _headline(winner: Candidate, able: Sequence[Candidate], goal: _Goal) -> str:
             rival = min(pruned, key=goal.rank)
             text += (
                 f" ({goal.figure(winner)}; the {goal.best_of} pruned candidate, {rival.id}, "
-                f"reaches {_bare(goal.figure(rival))})"
+                f"{_reaches(goal.figure(rival))})"
             )
         elif goal.best_of != "best":
             text += f" ({goal.figure(winner)})"
@@ -392,12 +401,12 @@ def _headline(winner: Candidate, able: Sequence[Candidate], goal: _Goal) -> str:
     if dense:
         rival = min(dense, key=goal.rank)
         text += f"; the {goal.best_of} dense model that fits, {rival.quantization}, "
-        text += f"reaches {_bare(goal.figure(rival))}"
+        text += _reaches(goal.figure(rival))
     else:
         text += "; no dense model fits the budget"
     return text + ")."
 
 
-def _bare(figure: str) -> str:
-    """A figure behind 'reaches'."""
-    return figure.removeprefix("KL ")
+def _reaches(figure: str) -> str:
+    size = figure.removeprefix("a file of ")
+    return f"takes {size}" if size != figure else f"reaches {figure.removeprefix('KL ')}"

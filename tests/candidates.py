@@ -81,10 +81,17 @@ def candidate(
     predicted_tps: float | None = 48.0,
     kl: float | None = 0.1,
     stderr: float = 0.001,
+    agreement: float = 0.9,
+    joules: float | None = None,
+    first_token_ms: float | None = None,
+    predicted_kl: tuple[float, float, float] | None = None,
     error: str | None = None,
     reason: str = "planned",
 ) -> Candidate:
-    """A candidate; `memory` None: not measured at all, `tps` None: measured off the board."""
+    """A candidate; `memory` None: not measured at all, `tps` None: measured off the board.
+
+    predicted_kl: value, low and high.
+    """
     measured = None
     if memory is not None:
         measured = Measured(
@@ -93,10 +100,12 @@ def candidate(
             decode_tps_stdev=None if tps is None else 0.5,
             noisy=False,
             prefill_tps=None if tps is None else 300.0,
-            first_token_ms=None,
+            first_token_ms=first_token_ms,
             peak_memory_bytes=memory,
             load_s=0.5,
             flags=FLAGS,
+            joules_per_token=joules,
+            meter=None if joules is None else "RAPL",
         )
     quality = None
     if kl is not None and memory is not None:
@@ -105,7 +114,7 @@ def candidate(
             kl_stderr=stderr,
             perplexity=20.0,
             perplexity_stderr=1.0,
-            agreement=0.9,
+            agreement=agreement,
             tokens=1000,
             text="made up",
         )
@@ -137,6 +146,7 @@ def candidate(
             decode_tps_low=None if predicted_tps is None else 0.8 * predicted_tps,
             decode_tps_high=None if predicted_tps is None else 1.2 * predicted_tps,
             flags=FLAGS,
+            **dict(zip(("kl", "kl_low", "kl_high"), predicted_kl or (), strict=False)),
         ),
         measured=measured,
         quality=quality,

@@ -203,6 +203,12 @@ def test_a_target_that_makes_no_sense(
         ('["F16", "Q4_0"]', '["F16", "F16"]', "[recipe] 'quantizations' names something twice"),
         ('["F16", "Q4_0"]', "[]", "[recipe] 'quantizations' must not be empty"),
         ("max_kl = 0.5", "max_kl = 0", "[limits] 'max_kl' must be positive"),
+        ("max_kl = 0.5", "max_energy_j = -1", "[limits] 'max_energy_j' must be positive"),
+        (
+            "max_kl = 0.5",
+            "min_agreement = 80",
+            "[limits] 'min_agreement' is a share of tokens and must be at most 1",
+        ),
         ("new_tokens = 8", "new_tokens = 0", "[bench] 'new_tokens' must be at least 1"),
         ("calibration_tokens = 64", "calibration_tokens = 512", "[recipe] 'calibration_tokens' exceeds"),
     ],
@@ -335,6 +341,55 @@ def test_budget_refuses_what_is_no_limit(
         "--min-tps must be a positive number, not nan",
         "--max-kl must be a positive number, not -1.0",
     )
+
+
+def test_energy_and_agreement_are_resolved_like_the_others(
+    make_target: Callable[..., DeviceTarget], make_profile: Callable[..., Profile]
+) -> None:
+    profile = make_profile(name="use", max_energy_j=0.5, min_agreement=0.8)
+    plain = resolve_budget(make_target(), profile)
+    assert plain.energy_j == Limit(value=0.5, unit="J/token", source="profile use")
+    assert plain.agreement == Limit(value=0.8, unit="of tokens", source="profile use")
+    strict = resolve_budget(make_target(), profile, energy_j=0.4, agreement=0.9)
+    assert strict.energy_j == Limit(value=0.4, unit="J/token", source="command line")
+    assert strict.agreement == Limit(value=0.9, unit="of tokens", source="command line")
+    loose = resolve_budget(make_target(), profile, energy_j=0.6, agreement=0.7)
+    assert (loose.energy_j, loose.agreement) == (plain.energy_j, plain.agreement)
+    with pytest.raises(ConfigError) as caught:
+        resolve_budget(make_target(), profile, energy_j=0.0, first_token_ms=-5.0, agreement=float("nan"))
+    assert caught.value.problems == (
+        "--max-first-token must be a positive number, not -5.0",
+        "--max-energy must be a positive number, not 0.0",
+        "--min-agreement must be a positive number, not nan",
+    )
+    with pytest.raises(ConfigError) as caught:
+        resolve_budget(make_target(), profile, agreement=80.0)
+    assert caught.value.problems == (
+        "--min-agreement is a share of tokens, such as 0.9, and must be at most 1, not 80.0",
+    )
+
+
+def test_an_objective_needs_a_floor_of_quality(
+    make_target: Callable[..., DeviceTarget], make_profile: Callable[..., Profile]
+) -> None:
+    target, bare = make_target(), make_profile(max_kl=None, min_agreement=None)
+    assert resolve_budget(target, bare).objective == "quality"
+    for objective, wins in (("speed", "fastest"), ("size", "smallest")):
+        with pytest.raises(ConfigError) as caught:
+            resolve_budget(target, bare, objective=objective)
+        assert caught.value.problems == (
+            f"--objective {objective} needs a floor of quality: without one the {wins} model wins, "
+            "however bad it is",
+        )
+        assert caught.value.hint is not None and caught.value.hint.startswith("add --max-kl 0.2 ")
+        for floor in ({"kl": 0.2}, {"agreement": 0.8}):
+            assert resolve_budget(target, bare, objective=objective, **floor).objective == objective
+        assert resolve_budget(target, make_profile(max_kl=0.3), objective=objective).kl is not None
+    with pytest.raises(ConfigError) as caught:
+        resolve_budget(target, bare, objective="sped", kl=0.2)
+    assert caught.value.problems == ("unknown objective 'sped' (did you mean 'speed'?)",)
+    keys = {resolve_budget(target, bare, objective=o, kl=0.2).key for o in ("quality", "speed", "size")}
+    assert len(keys) == 3
 
 
 def test_detected_facts_replace_class_values() -> None:

@@ -433,6 +433,29 @@ def test_select_under_other_limits(run_cli: Callable[..., Any], finished: Path) 
     assert (finished / "report.json").read_bytes() == before
 
 
+def test_select_by_another_objective(run_cli: Callable[..., Any], finished: Path) -> None:
+    ran = run_cli("select", finished, "--objective", "speed")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.splitlines()[0] == (
+        "Error: --objective speed needs a floor of quality: without one the fastest model wins, "
+        "however bad it is"
+    )
+    wanted = ("--objective", "speed", "--max-kl", "1", "--format", "json")
+    fast = json.loads(run_cli("select", finished, *wanted).out)
+    assert (fast["selected"], fast["objective"]) == ("small", "speed")
+    assert [a["code"] for a in fast["answers"]][:2] == ["prune", "for-objective"]
+    tight = json.loads(run_cli("select", finished, *wanted[:2], "--max-kl", "0.2", *wanted[4:]).out)
+    # 40 and 41 tokens/s are one speed, and their quality cannot be told apart
+    assert (tight["selected"], tight["ties"]) == ("dense", ["close"])
+    limits = ("--min-agreement", "0.9", "--max-energy", "2", "--max-first-token", "500")
+    size = json.loads(run_cli("select", finished, "--objective", "size", *limits, "--format", "json").out)
+    assert size["budget"]["agreement"] == {"value": 0.9, "unit": "of tokens", "from": "command line"}
+    # three files of one size: the best of them
+    assert (size["selected"], size["objective"]) == ("dense", "size")
+    unchecked = [a["figures"]["limit"] for a in size["answers"] if a["code"] == "not-checked"]
+    assert unchecked == ["energy", "first_token"]
+
+
 def test_select_when_nothing_fits(run_cli: Callable[..., Any], finished: Path) -> None:
     ran = run_cli("select", finished, "--max-kl", "0.01", "--budget", "185MB")
     assert ran.code == 3
