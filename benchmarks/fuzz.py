@@ -382,10 +382,19 @@ def read_sentencepiece(raw: bytes, folder: Path) -> None:
 
 
 def read_template(raw: bytes, folder: Path) -> None:
+    """What the process of a template does, here: starting one for each case would take days."""
     del folder
+    from edgeprune import chat_templates
     from edgeprune.bundle import chat
+    from edgeprune.chat_templates import _child
 
-    chat.read(text(raw), eos="</s>")
+    template = _child.Template(text(raw), {"bos_token": "", "eos_token": "</s>"}, None)
+
+    def render(messages: Sequence[dict[str, str]], *, go_on: bool) -> str:
+        asked = {"what": "render", "messages": messages, "go_on": go_on, "most": chat_templates.MOST_TEXT}
+        return str(chat_templates.result(_child.answer(template, asked), "the chat template"))
+
+    chat.pieces_of(render)
 
 
 def read_address(raw: bytes, folder: Path) -> None:

@@ -7,6 +7,7 @@ Which merges led to a token depends on its own letters alone, so each token is t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune import locate, rundir, tokenizer
+from edgeprune import chat_templates, locate, rundir, tokenizer
 from edgeprune.costs.gguf_header import KeyValue
 from edgeprune.errors import ConfigError, UnsupportedModelError
 from edgeprune.languages import Alphabet
@@ -182,7 +183,7 @@ class Vocabulary:
         found = {
             i for i, kind in enumerate(self.kinds) if kind != tokenizer.NORMAL and self.tokens[i] in template
         }
-        for text in _template_texts(template, _settings(self.folder)):
+        for text in _template_texts(template, _settings(self.folder), str(self.folder)):
             found |= self.used(text)
         return found
 
@@ -236,39 +237,25 @@ def _settings(folder: Path) -> dict[str, Any]:
     return locate.read_json(path) if path.is_file() else {}
 
 
-def _template_texts(template: str, settings: Mapping[str, Any]) -> list[str]:
-    """Literal texts of a chat template and, where it can be rendered, a conversation in it."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _template_texts(template: str, settings: Mapping[str, Any], name: str) -> list[str]:
+    """Literal texts of a chat template and, where it can be rendered, a conversation in it.
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    texts = []
-    try:
-        for _, kind, value in environment.lex(template):
-            if kind == "data":
-                texts.append(value)
-            elif kind == "string":
-                texts.append(value[1:-1].replace("\\n", "\n").replace("\\t", "\t"))
-    except jinja2.TemplateError:
-        return [template]
-
-    def refuse(message: str) -> str:
-        raise jinja2.TemplateError(message)
-
-    environment.globals.update(raise_exception=refuse, strftime_now=lambda _: "01 Jan 2026 23 45 67 89")
+    Raises ConfigError, with `name` in it, for one that takes too much time, memory or text.
+    """
     names = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
     user = {"role": "user", "content": "x"}
-    for turns in (
-        [user],
-        [{"role": "system", "content": "x"}, user, {"role": "assistant", "content": "x"}, user],
-    ):
+    with chat_templates.Renderer(template, name=name, names=names, dates="01 Jan 2026 23 45 67 89") as jinja:
         try:
-            made = environment.from_string(template).render(
-                messages=turns, add_generation_prompt=True, **names
-            )
-        except Exception:  # whatever a template of a stranger raises: its literal texts are there
-            continue
-        texts.append(made)
+            texts = jinja.literals()
+        except chat_templates.TemplateFailed:
+            return [template]
+        for turns in (
+            [user],
+            [{"role": "system", "content": "x"}, user, {"role": "assistant", "content": "x"}, user],
+        ):
+            # one that fails is read by its literal texts alone
+            with contextlib.suppress(chat_templates.TemplateFailed):
+                texts.append(jinja.render(turns, go_on=True))
     return texts
 
 

@@ -18,6 +18,7 @@ LAYERS = {
     "progress": 0,
     "records": 1,
     "rundir": 2,
+    "chat_templates": 2,
     "config": 2,
     "costs": 2,
     "families": 3,

@@ -262,7 +262,8 @@ def test_the_loss_is_on_answers_only(chatty: Path, tmp_path: Path) -> None:
 def test_every_answer_of_a_conversation_counts(chatty: Path) -> None:
     said = [("user", "the"), ("assistant", "fox"), ("user", "lazy"), ("assistant", "dog")]
     messages = [{"role": role, "content": content} for role, content in said]
-    pieces = list(text.Chat(chatty).pieces(messages))
+    with text.Chat(chatty) as chat:
+        pieces = list(chat.pieces(messages))
     assert pieces == [
         ("<s>user:the</s><s>assistant:", False),
         ("fox</s>", True),

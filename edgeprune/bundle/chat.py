@@ -7,12 +7,13 @@ around messages is not translated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from edgeprune import chat_templates
+from edgeprune.errors import EdgepruneError
 
 Messages = Sequence[tuple[str, str]]  # (role, content)
 
@@ -82,36 +83,42 @@ def fits_quotes(text: str) -> bool:
     return plain and '"""' not in text and not text.endswith('"')
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+class Render(Protocol):
+    """A chat template applied to a conversation, as `chat_templates.Renderer.render` does it."""
+
+    def __call__(self, messages: Sequence[dict[str, str]], /, *, go_on: bool) -> str: ...
 
 
+@dataclass(frozen=True, slots=True)
 class _Jinja:
-    """A chat template as transformers renders it; a stranger's code, so only in the sandbox."""
-
-    def __init__(self, source: str, eos: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        self._template = environment.from_string(source)
-        # the tokenizer puts the first token in front by itself; one that the template spells out stays
-        self._more: dict[str, Any] = {"bos_token": "", "eos_token": eos, "raise_exception": _refuse}
+    _render: Render
 
     def render(self, messages: Messages, *, go_on: bool) -> str:
-        plain = [{"role": role, "content": content} for role, content in messages]
-        return self._template.render(messages=plain, add_generation_prompt=go_on, **self._more)
+        return self._render([{"role": role, "content": content} for role, content in messages], go_on=go_on)
 
 
 def _between(text: str, first: str, second: str) -> str:
     return text.split(first, 1)[1].split(second, 1)[0]
 
 
-def read(source: str, *, eos: str = "") -> Pieces | None:
-    """The pieces of a Jinja chat template, or None when it does more than put pieces around messages."""
+@functools.lru_cache(maxsize=16)
+def read(source: str, *, eos: str = "", name: str = "the model") -> Pieces | None:
+    """The pieces of a Jinja chat template, or None when it does more than put pieces around messages.
+
+    Raises ConfigError for one that takes too much time, memory or text, with `name` in it.
+    """
     if len(source) > _MOST_CHARS:
         return None
+    # the tokenizer puts the first token in front by itself; one that the template spells out stays
+    names = {"bos_token": "", "eos_token": eos}
+    with chat_templates.Renderer(source, name=name, names=names) as jinja:
+        return pieces_of(jinja.render)
+
+
+def pieces_of(render: Render) -> Pieces | None:
+    """As `read`, of whatever renders."""
+    jinja = _Jinja(render)
     try:
-        jinja = _Jinja(source, eos)
         found = _read(jinja)
         if found is None:
             return None
@@ -119,7 +126,9 @@ def read(source: str, *, eos: str = "") -> Pieces | None:
             if found.render(messages) != jinja.render(messages, go_on=True):
                 return None
         return found
-    except Exception:  # a template is a stranger's program: it may raise anything
+    except EdgepruneError:
+        raise
+    except Exception:  # a template is a stranger's program: it may raise, and give, anything
         return None
 
 
@@ -143,7 +152,7 @@ def _read(jinja: _Jinja) -> Pieces | None:
     plain = Pieces(system=None, user=user, answer=answer, default_system=None, inside_user=False)
     try:
         told = jinja.render([("system", _S), ("user", _U)], go_on=True)
-    except jinja2.TemplateError:
+    except chat_templates.TemplateRefused:
         return plain if not head else None
     if _S not in told:
         return plain if not head else None

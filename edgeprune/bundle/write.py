@@ -356,7 +356,9 @@ def _texts(facts: Mapping[str, Any], about: _About, flags: LaunchFlags) -> dict[
 
 
 def _modelfile(facts: Mapping[str, Any], about: _About, common: Mapping[str, Any]) -> str:
-    pieces = chat.read(about.template, eos=about.eos) if about.template else None
+    pieces = None
+    if about.template:
+        pieces = chat.read(about.template, eos=about.eos, name=common["model"])
     template = pieces.go_template() if pieces else None
     system = pieces.default_system if pieces and template else None
     wanted = [pieces.stop if pieces and template else None, about.eos if template else None]

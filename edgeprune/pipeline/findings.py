@@ -92,6 +92,7 @@ def sample(
             file,
             source=source,
             made_from=made_from,
+            parent=parent.name,
             kvs=parent.tokenizer_kvs,
             max_context=parent.graph.dims.max_context,
             kv_type=kv_type,

@@ -34,6 +34,7 @@ from edgeprune.pipeline import (
 )
 from edgeprune.pipeline import lane as lanes
 from edgeprune.pipeline.parent import Parent, open_parent, with_query_heads
+from edgeprune.pipeline.samples import prompts_for
 from edgeprune.planner import Lane
 from edgeprune.progress import Progress
 from edgeprune.records import (
@@ -179,6 +180,8 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
                 f"{parent.name} was trained for {parent.graph.dims.max_context}",
                 "choose another profile with --profile",
             )
+        # a chat template without an end is refused before the slow part
+        prompts_for(parent.tokenizer_kvs, parent.name)
         job = _Job(
             options=options,
             folder=folder,

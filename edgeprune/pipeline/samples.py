@@ -26,11 +26,14 @@ N_NEW = 48
 CONTEXT = 512
 
 
-def prompts_for(kvs: Sequence[KeyValue]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(what a person reads, what the model is given): in the chat template where that is a plain one."""
+def prompts_for(kvs: Sequence[KeyValue], name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what a person reads, what the model is given): in the chat template where that is a plain one.
+
+    Raises ConfigError, with `name` in it, for a template that takes too much time, memory or text.
+    """
     values = {kv.key: kv.value for kv in kvs}
     template = _text(values.get("tokenizer.chat_template"))
-    pieces = chat.read(template, eos=_token(values, "eos")) if template else None
+    pieces = chat.read(template, eos=_token(values, "eos"), name=name) if template else None
     if pieces is None:
         return PLAIN, PLAIN
     return PROMPTS, tuple(pieces.render([("user", prompt)]) for prompt in PROMPTS)
@@ -53,13 +56,17 @@ def take(
     *,
     source: str,
     made_from: str,
+    parent: str,
     kvs: Sequence[KeyValue],
     max_context: int,
     kv_type: str,
     threads: int,
 ) -> SampleSet:
-    """Samples of one file, taken once; only then `file` is called. `made_from` identifies the content."""
-    shown, given = prompts_for(kvs)
+    """Samples of one file, taken once; only then `file` is called. `made_from` identifies the content.
+
+    `parent` names the model in errors.
+    """
+    shown, given = prompts_for(kvs, parent)
     flags = LaunchFlags(context_tokens=min(CONTEXT, max_context), ubatch=128, kv_type=kv_type, mmap=True)
     n_new = max(1, min(N_NEW, flags.context_tokens // 4))
     key = make_key("sample_set", source, made_from, list(given), n_new, flags, llama_cpp.RUNTIME.version())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import data
+from edgeprune import chat_templates, data
 from edgeprune.errors import ConfigError
 
 Encode = Callable[[str], list[int]]
@@ -45,13 +46,33 @@ def plain_rows(windows: np.ndarray) -> Rows:
 
 
 class Chat:
-    """Renders conversations with the parent's own chat template, or plainly when it has none."""
+    """Renders conversations with the parent's own chat template, or plainly when it has none.
+
+    A context manager: the template is rendered in a process of its own. Raises ConfigError.
+    """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        self.templated = bool(self._tokenizer.chat_template)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        self.templated = bool(tokenizer.chat_template)
+        self._name = str(folder)
+        self._jinja: chat_templates.Renderer | None = None
+        if self.templated:
+            try:
+                template = tokenizer.get_chat_template()
+            except ValueError as error:  # several templates, none of them the default
+                raise ConfigError(f"the chat template of {folder}: {error}") from None
+            self._jinja = chat_templates.Renderer(
+                template, name=self._name, names=tokenizer.special_tokens_map, dates="now"
+            )
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._jinja is not None:
+            self._jinja.close()
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """The conversation in order as (text, whether it is an answer). Raises ConfigError."""
@@ -72,13 +93,16 @@ class Chat:
             done = after
 
     def _render(self, messages: Sequence[Message], *, go_on: bool) -> str:
-        if not self.templated:
+        if self._jinja is None:
             said = "".join(m["content"].strip() + "\n\n" for m in messages)
             return said
-        text: str = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=go_on
-        )
-        return text
+        try:
+            return self._jinja.render(messages, go_on=go_on)
+        except chat_templates.TemplateFailed as error:
+            raise ConfigError(
+                f"the chat template of {self._name} does not take a conversation of the text: {error}",
+                "give plain text, or records with 'text'",
+            ) from None
 
 
 def read(source: str) -> list[str | list[Message]]:
@@ -178,22 +202,23 @@ def pack(
     ids: list[int] = []
     learn: list[bool] = []
     renderer: Chat | None = None
-    for document in documents:
-        if most_rows is not None and len(ids) >= most_rows * n_tokens:
-            break
-        if isinstance(document, str):
-            new = encode(document)
-            ids += new
-            learn += [True] * len(new)
-        else:
-            renderer = renderer or chat()
-            for text, answer in renderer.pieces(document):
-                new = encode(text)
+    with contextlib.ExitStack() as closing:
+        for document in documents:
+            if most_rows is not None and len(ids) >= most_rows * n_tokens:
+                break
+            if isinstance(document, str):
+                new = encode(document)
                 ids += new
-                learn += [answer] * len(new)
-        if separator is not None:
-            ids.append(separator)
-            learn.append(isinstance(document, str))
+                learn += [True] * len(new)
+            else:
+                renderer = renderer or closing.enter_context(chat())
+                for text, answer in renderer.pieces(document):
+                    new = encode(text)
+                    ids += new
+                    learn += [answer] * len(new)
+            if separator is not None:
+                ids.append(separator)
+                learn.append(isinstance(document, str))
     n_rows = len(ids) // n_tokens
     if n_rows < 1:
         raise ConfigError(
