@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from candidates import budget, candidate, write_report
+from candidates import budget, candidate, limit, write_report
 
 from edgeprune import selection
 from edgeprune.config.profiles import load_profile
 from edgeprune.config.targets import load_target
 from edgeprune.pipeline import light
-from edgeprune.records import Candidate, PairedKL, to_plain
-from edgeprune.report.answers import answers
+from edgeprune.records import Budget, Candidate, PairedKL, to_plain
+from edgeprune.report import build as report_build
+from edgeprune.report.answers import answers, search_line
 
 
 def quality(c: Candidate, **over: Any) -> Candidate:
@@ -25,15 +26,18 @@ def quality(c: Candidate, **over: Any) -> Candidate:
     return dataclasses.replace(c, quality=dataclasses.replace(c.quality, **over))
 
 
-def report(rows: list[Candidate], memory: float = 200e6, **more: Any) -> dict[str, Any]:
-    limits = budget(memory)
+def report(
+    rows: list[Candidate], memory: float = 200e6, limits: Budget | None = None, **more: Any
+) -> dict[str, Any]:
+    limits = limits or budget(memory)
     rows = [dataclasses.replace(c, meets=selection.check_limits(limits, c)) for c in rows]
     chosen = selection.select(limits, rows, lambda a, b: False)
     plain: dict[str, Any] = {
         "candidates": to_plain(rows),
         "selected": chosen.selected,
         "nearest": chosen.nearest,
-        "budget": {"memory": {"value": memory, "unit": "bytes", "from": "command line"}},
+        "budget": report_build._limits(limits),
+        "objective": limits.objective,
         "dense_perplexity": 20.0,
         "target": {"name": "some-board"},
         **more,
@@ -182,6 +186,175 @@ def test_when_nothing_fits_the_smallest_is_named() -> None:
         "Nothing fits the limits. The smallest candidate, uniform-50.0@Q4_0, needs 120 MB (predicted). "
         "The smallest without pruning, dense@Q4_0, needs 180 MB (predicted)."
     )
+
+
+# ---------------------------------------------------------------- objectives and limits
+
+FLOOR = limit(0.2, "nats/token")
+
+
+def one(found: list[dict[str, Any]], code: str) -> dict[str, Any]:
+    [answer] = [a for a in found if a["code"] == code]
+    return answer
+
+
+def test_what_speed_was_bought_with() -> None:
+    rows = [
+        quantized("dense@Q8_0", "Q8_0", kl=0.01, tps=50.0),
+        quantized("dense@Q4_0", "Q4_0", kl=0.15, tps=80.0),
+        quantized("inner-10.0@Q4_0", "Q4_0", ratio=0.1, kl=0.18, tps=60.0),
+    ]
+    found = answers(report(rows, limits=budget(kl=FLOOR, objective="speed")))
+    assert codes(found) == ["do-not-prune", "use-quantization", "for-objective"]
+    assert found[0]["text"] == (
+        "Do not prune: dense@Q4_0 has 80.0 measured tokens/s at KL 0.1500±0.0010 nats per token; the fastest "
+        "pruned candidate that meets the limits, inner-10.0@Q4_0, has 60.0 measured tokens/s "
+        "at KL 0.1800±0.0010."
+    )
+    assert found[2]["text"] == (
+        "Chosen for speed above the floor of quality (KL at most 0.2): 80.0 measured tokens/s "
+        "at KL 0.1500±0.0010 nats per token. The best in quality within the same limits, dense@Q8_0, "
+        "has 50.0 measured tokens/s at KL 0.0100±0.0010."
+    )
+    assert found[2]["figures"] == {
+        **{"objective": "speed", "selected": "dense@Q4_0", "kl": 0.15, "decode_tps": 80.0},
+        **{"file_bytes": 100_000_000, "best_quality": "dense@Q8_0", "best_kl": 0.01},
+        **{"best_decode_tps": 50.0, "best_file_bytes": 100_000_000},
+    }
+
+
+def test_what_a_small_file_was_bought_with() -> None:
+    rows = [
+        candidate("dense@Q8_0", kl=0.01, file=145_000_000, agreement=0.95),
+        candidate("inner-10.0@Q4_0", ratio=0.1, kl=0.18, file=82_000_000, agreement=0.81),
+    ]
+    limits = budget(agreement=limit(0.8, "of tokens"), objective="size")
+    found = answers(report(rows, limits=limits))
+    assert codes(found) == ["prune", "for-objective"]
+    assert found[0]["text"] == (
+        "Prune: inner-10.0@Q4_0 has a file of 82.0 MB at KL 0.1800±0.0010 nats per token; the smallest dense "
+        "candidate that meets the limits, dense@Q8_0, has a file of 145 MB at KL 0.0100±0.0010."
+    )
+    assert found[1]["text"].startswith(
+        "Chosen for size above the floor of quality (agreement of at least 80%): a file of 82.0 MB at KL"
+    )
+    alone = answers(report(rows[:1], limits=limits))
+    assert one(alone, "for-objective")["text"].endswith("nats per token. It is the best in quality as well.")
+    empty = answers(report([candidate("a", memory=300_000_000)], limits=limits))
+    assert empty[0]["text"].startswith("Nothing fits the limits, so there is no smallest candidate.")
+
+
+def test_speeds_that_cannot_be_told_apart() -> None:
+    rows = [candidate("dense@A", kl=0.05, tps=76.0), candidate("dense@B", kl=0.15, tps=80.0)]
+    limits = budget(kl=FLOOR, objective="speed")
+    found = one(answers(report(rows, limits=limits)), "cannot-tell-speed")
+    # 76 and 80 with a standard deviation of 0.5 each
+    assert found["text"] == (
+        "Speed of dense@A and dense@B cannot be told apart: 75.0 to 77.0 tokens/s (95% of the repeats) "
+        "against 79.0 to 81.0 (95% of the repeats) of dense@B; closer than 10% counts as the same."
+    )
+    assert found["figures"]["tied"] == ["dense@B"]
+    far = [candidate("dense@A", kl=0.05, tps=60.0), rows[1]]
+    assert "cannot-tell-speed" not in codes(answers(report(far, limits=limits)))
+    # off the board: 60 (48 to 72) and 80 (64 to 96) overlap
+    bands = [
+        candidate("dense@A", kl=0.05, tps=None, predicted_tps=60.0),
+        candidate("dense@B", kl=0.15, tps=None, predicted_tps=80.0),
+    ]
+    shown = one(answers(report(bands, limits=limits)), "cannot-tell-speed")["text"]
+    assert "64.0 to 96.0 tokens/s (80% band, predicted) against 48.0 to 72.0" in shown
+    assert "cannot-tell-speed" not in codes(answers(report(rows, limits=budget(kl=FLOOR))))
+
+
+def test_a_limit_that_nothing_measures_is_said_to_be_open() -> None:
+    limits = budget(energy_j=limit(0.5, "J/token", "profile use"), first_token_ms=limit(900.0, "ms"))
+    found = answers(report([quantized("dense@F16", "F16", kl=0.0)], limits=limits))
+    assert codes(found) == ["do-not-prune", "not-checked", "not-checked"]
+    assert found[1]["text"] == (
+        "The limit on energy (0.5 J/token, from profile use) could not be checked: nothing on here meters "
+        "it. Whether dense@F16 meets it is not known."
+    )
+    assert found[2]["figures"] == {"limit": "first_token", "value": 900.0, "selected": "dense@F16"}
+    metered = quantized("dense@F16", "F16", kl=0.0, joules=0.4, first_token_ms=800.0)
+    assert codes(answers(report([metered], limits=limits))) == ["do-not-prune"]
+
+
+def test_a_floor_inside_the_error_is_said() -> None:
+    limits = budget(kl=FLOOR)
+    # 0.19 + 1.96 * 0.01 = 0.2096
+    found = answers(report([candidate("dense@A", kl=0.19, stderr=0.01)], limits=limits))
+    assert one(found, "near-the-floor")["text"] == (
+        "KL of dense@A may lie beyond the limit: the 95% interval of KL 0.1900±0.0100 ends at 0.2096, "
+        "the limit is 0.2."
+    )
+    sure = answers(report([candidate("dense@A", kl=0.19, stderr=0.005)], limits=limits))
+    assert "near-the-floor" not in codes(sure)
+
+
+# ---------------------------------------------------------------- the search
+
+
+def guess(name: str, kl: tuple[float, float, float], **over: Any) -> Candidate:
+    return candidate(name, memory=None, predicted_kl=kl, **over)
+
+
+def test_candidates_that_may_be_better_are_named_with_their_interval() -> None:
+    # the selected one: 0.10 ± 1.96 * 0.01, so up to 0.1196
+    chosen = candidate("dense@A", kl=0.10, stderr=0.01)
+    rows = [
+        chosen,
+        guess("dense@B", (0.13, 0.11, 0.16)),
+        guess("dense@C", (0.09, 0.05, 0.15)),
+        guess("clear", (0.30, 0.20, 0.40)),
+        guess("too-big", (0.01, 0.001, 0.02), predicted_memory=210_000_000),
+        guess("too-slow", (0.01, 0.001, 0.02), predicted_tps=10.0),
+    ]
+    limits = budget(decode_tps=limit(20.0, "tokens/s"))
+    found = one(answers(report(rows, limits=limits)), "maybe-better")
+    assert found["text"] == (
+        "dense@C and dense@B were not measured and may be better: predicted for dense@C are KL 0.0900, "
+        "80% interval 0.0500 to 0.1500, which overlaps dense@A (KL 0.1000±0.0100). "
+        "Measuring more candidates would tell."
+    )
+    assert found["figures"]["rivals"] == ["dense@C", "dense@B"]
+    assert found["figures"]["selected_kl_high"] == pytest.approx(0.1196)
+    assert "maybe-better" not in codes(answers(report([chosen, rows[3]], limits=limits)))
+
+
+def test_what_may_be_faster_or_smaller_keeps_the_floor() -> None:
+    rows = [
+        candidate("dense@A", kl=0.10, tps=50.0, file=100_000_000),
+        guess("faster", (0.3, 0.15, 0.6), predicted_tps=56.0, file=120_000_000),
+        guess("as fast", (0.1, 0.05, 0.2), predicted_tps=54.0, file=99_000_000),
+        guess("broken", (0.9, 0.5, 1.6), predicted_tps=99.0, file=20_000_000),
+    ]
+    by_speed = one(answers(report(rows, limits=budget(kl=FLOOR, objective="speed"))), "maybe-better")
+    assert by_speed["figures"]["rivals"] == ["faster"]
+    assert by_speed["text"].startswith(
+        "faster was not measured and may be faster: predicted for faster are 56.0 tokens/s at KL 0.3000, "
+        "80% interval 0.1500 to 0.6000."
+    )
+    by_size = one(answers(report(rows, limits=budget(kl=FLOOR, objective="size"))), "maybe-better")
+    assert by_size["figures"]["rivals"] == ["as fast"]
+    assert "may be smaller: predicted for as fast are 99.0 MB at KL 0.1000" in by_size["text"]
+
+
+def test_how_the_search_went_in_one_sentence() -> None:
+    search: dict[str, Any] = {
+        "rounds": [{"round": 1, "proposed": ["a"], "why": "x"}, {"round": 2, "proposed": [], "why": "y"}],
+        "measured": 9,
+        "considered": 2310,
+        "stopped": "no candidate is expected to gain more than 3%.",
+        "seconds": 300.0,
+        "model": None,
+    }
+    assert search_line({"search": search}) == (
+        "Searched 2,310 candidates by prediction, measured 9 in 2 rounds; stopped because no candidate is "
+        "expected to gain more than 3%."
+    )
+    short = {"considered": 12, "measured": 3, "rounds": search["rounds"][:1]}
+    assert search_line({"search": short}) == "Searched 12 candidates by prediction, measured 3 in 1 round."
+    assert search_line({}) is None and search_line({"search": None}) is None
 
 
 # ---------------------------------------------------------------- differences

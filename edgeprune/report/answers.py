@@ -427,8 +427,10 @@ def _maybe_better(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | No
     """Candidates that were only predicted, and that may beat the selected one: their intervals overlap it."""
     half = 1.96 * chosen["quality"]["kl_stderr"]
     limit, objective = report["budget"].get("kl"), _objective(report)
-    # without a limit on KL, no worse than the worst measured one that meets the limits
-    most = limit["value"] if limit is not None else max(_kl(c) for c in _able(report))
+    if objective == "quality":
+        most = _kl(chosen) + half
+    else:  # no worse than the limit, or without one than the worst that was measured to meet the others
+        most = limit["value"] if limit is not None else max(_kl(c) for c in _able(report))
     rivals = []
     for c in report["candidates"]:
         predicted = c["predicted"]
@@ -438,8 +440,7 @@ def _maybe_better(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | No
             "speed": (predicted["decode_tps"] or 0.0) > (1 + SPEED_NOISE) * _speed(chosen),
             "size": predicted["file_bytes"] < _file(chosen),
         }.get(objective, True)
-        reach = min(most, _kl(chosen) + half) if objective == "quality" else most
-        if better and predicted["kl_low"] <= reach and _may_fit(report, c):
+        if better and predicted["kl_low"] <= most and _may_fit(report, c):
             rivals.append(c)
     if not rivals:
         return None
