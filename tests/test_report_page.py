@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -275,10 +276,77 @@ def test_without_the_library_the_page_has_tables_only(monkeypatch: pytest.Monkey
     with_charts = page.digest(made())
     monkeypatch.setattr(charts, "available", lambda: False)
     text = page.render(made())
-    assert "<svg" not in text and "pip install 'edgeprune[report]'" in text
+    assert "<svg" not in text and "pip install 'edgeprune[report]'" in Tags(text).text
     assert "KV cache, whole context" in text
     if charts.importlib.util.find_spec("vl_convert"):
         assert page.digest(made()) != with_charts  # so that it is drawn once the library is there
+
+
+BY_SIGNAL = "was ended by signal 6, as happens when memory is refused to it"
+
+
+def starved(folder: Path, kib: int) -> str:
+    """A Python whose processes may not map more than this."""
+    path = folder / "starved"
+    path.write_text(f'#!/bin/sh\nulimit -v {kib} || exit 9\nexec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@drawn
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on mapped memory")
+def test_a_page_is_written_when_drawing_has_no_memory(
+    run_cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drawing library ends its whole process then: not this one."""
+    (tmp_path / "report.json").write_text(json.dumps(report_build.sealed(made())), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", starved(tmp_path, 250_000))
+        ran = run_cli("report", tmp_path, "--html")
+    assert (ran.code, ran.out) == (0, f"{tmp_path / 'report.html'}\n")
+    why = r"the program that draws them was ended by signal \d+, as happens when memory is refused to it"
+    assert re.fullmatch(rf"report\.html has no charts: {why}\n", ran.err), ran.err
+    found = Tags((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert re.search(rf"Charts are left out: {why}\. Every figure is in the tables\.", found.text)
+    assert not [t for t, _ in found.tags if t == "svg"] and "KV cache, whole context" in found.text
+    # the same report later, with memory: the page is made again
+    again = run_cli("report", tmp_path, "--html")
+    assert (again.code, again.out, again.err) == (0, ran.out, "")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 12
+
+
+@drawn
+def test_a_page_is_written_when_drawing_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "PATIENCE_S", 0.01)
+    said: list[str] = []
+    text = page.write(tmp_path, made(), say=said.append).read_text(encoding="utf-8")
+    assert said == ["report.html has no charts: drawing them took more than 0.01 s"]
+    assert "Charts are left out: drawing them took more than 0.01 s. Every" in text and "<svg" not in text
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("echo '[]'", "the program that draws them gave no drawings"),
+        ("echo nonsense", "the program that draws them gave no drawings"),
+        ("echo 'a\033[2Jb' >&2; exit 3", "the program that draws them ended with exit code 3: a\ufffd[2Jb"),
+        ("kill -6 $$", f"the program that draws them {BY_SIGNAL}"),
+        (None, "the program that draws them did not start (No such file or directory)"),
+    ],
+)
+def test_why_nothing_was_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, why: str
+) -> None:
+    program = tmp_path / "python"
+    if script is not None:
+        program.write_text(f"#!/bin/sh\ncat > /dev/null\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(charts.CannotDraw) as raised:
+        charts.draw([charts.Sheet({}, "a chart")])
+    assert str(raised.value) == why
 
 
 def test_a_run_that_found_nothing_has_a_page() -> None:
@@ -390,7 +458,7 @@ def test_predicted_points_are_drawn_hollow_with_their_interval() -> None:
     points = [point("a"), point("b", x=120.0, x_low=80.0, x_high=160.0, x_measured=False, y=0.3)]
     spec = charts.quality_chart(points, x_title="x", x_unit="tokens/s", width=charts.WIDE)
     assert spec is not None
-    svg = charts.draw(spec, "a chart")
+    (svg,) = charts.draw([charts.Sheet(spec, "a chart")])
     titles = re.findall(r"<title>(.*?)</title>", svg)
     assert titles == [
         "a: 100 tokens/s measured, KL 0.1000 measured",

@@ -34,7 +34,7 @@ def command(run_dir: Path, html: bool, target: str | None, form: str) -> None:
     if html:
         if not charts.available():
             click.echo("charts are left out: pip install 'edgeprune[report]'", err=True)
-        click.echo(page.write_checked(run_dir, found, label))
+        click.echo(page.write_checked(run_dir, found, label, say=lambda text: click.echo(text, err=True)))
     elif form == "json":
         echo_json(found)
     else:

@@ -218,7 +218,7 @@ def run(options: RunOptions, progress: Progress) -> dict[str, Any]:
             report = {**report, "benchmarks": scored}
         report = report_build.write(folder, report, options.label)
         bundling.refresh(folder.root, report, parent.folder, options.label)
-        page.write(folder.root, report, options.label)
+        page.write(folder.root, report, options.label, say=progress.say)
     if chosen.selected is None and chosen.nearest is None:
         raise StageError(chosen.headline, "report.json holds what each one said")
     if chosen.selected is None:

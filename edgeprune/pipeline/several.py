@@ -39,7 +39,7 @@ def run_all(options: RunOptions, targets: Sequence[str], progress: Progress) -> 
         written = []
         for label, report in reports:
             written.append(report_build.write(folder, {**report, "targets": rows}, label))
-            page.write(folder.root, written[-1], label)
+            page.write(folder.root, written[-1], label, say=progress.say)
     if failed:
         raise failed[0]
     return written[0]

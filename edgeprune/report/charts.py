@@ -1,7 +1,8 @@
 """Charts of the report page: Vega-Lite specifications drawn to SVG, coloured by the page's own CSS variables.
 
-Every colour is a CSS variable, so one drawing serves light and dark. What the renderer gives back is cut down
-to shapes and text: no style, link or script of any kind can come through.
+Every colour is a CSS variable, so one drawing serves light and dark. A process of its own draws, all charts
+of a page at once. What it gives back is cut down to shapes and text: no style, link or script of any kind can
+come through.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import importlib.util
 import json
 import math
 import re
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -20,6 +24,7 @@ Spec = dict[str, Any]
 
 EXTRA = "report"  # the optional part of the package that draws
 WIDE, NARROW = 508, 318  # CSS pixels: beside another chart, and on a phone
+PATIENCE_S = 120.0  # of the clock, for all charts of a page; a second is usual
 FLOOR = 1e-4  # nats per token; a logarithmic axis has no zero
 _SVG = "http://www.w3.org/2000/svg"
 _TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan"}
@@ -62,13 +67,54 @@ class Point:
 # ---------------------------------------------------------------- drawing
 
 
-def draw(spec: Spec, label: str) -> str:
-    """An inline SVG of a specification; `label` is what a screen reader says instead."""
-    import vl_convert
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A specification to draw; `label` is what a screen reader says instead."""
 
+    spec: Spec
+    label: str
+
+
+class CannotDraw(Exception):
+    """Nothing was drawn; the reason, to stand behind "charts are left out:"."""
+
+
+def draw(sheets: Sequence[Sheet]) -> list[str]:
+    """An inline SVG of each. Raises CannotDraw."""
+    if not sheets:
+        return []
     # text that XML cannot hold never reaches the renderer
-    raw = vl_convert.vegalite_to_svg(json.dumps(_visible(spec)))
-    return clean(raw, visible(label))
+    specs = json.dumps([_visible(sheet.spec) for sheet in sheets])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "edgeprune.report._draw"],
+            input=specs.encode("ascii"),
+            capture_output=True,
+            cwd=Path(__file__).resolve().parents[2],  # found even when edgeprune is not installed
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CannotDraw(f"drawing them took more than {PATIENCE_S:g} s") from None
+    except OSError as error:
+        raise CannotDraw(f"the program that draws them did not start ({error.strerror or error})") from None
+    try:
+        if done.returncode != 0:
+            raise ValueError
+        drawn = [str(raw) for raw in json.loads(done.stdout)]
+        return [clean(raw, visible(s.label)) for raw, s in zip(drawn, sheets, strict=True)]
+    except (ValueError, TypeError, ElementTree.ParseError):
+        raise CannotDraw(f"the program that draws them {_ending(done)}") from None
+
+
+def _ending(done: subprocess.CompletedProcess[bytes]) -> str:
+    if done.returncode == 0:
+        return "gave no drawings"
+    if done.returncode < 0:
+        return f"was ended by signal {-done.returncode}, as happens when memory is refused to it"
+    lines = [line.strip() for line in done.stderr[-4096:].decode("utf-8", "replace").splitlines()]
+    said = visible([line for line in lines if line][-1])[:200] if any(lines) else ""
+    return f"ended with exit code {done.returncode}" + (f": {said}" if said else "")
 
 
 def _visible(value: Any) -> Any:
@@ -575,8 +621,8 @@ def memory_chart(
     return _base(width, 60 + 40 * len(names), layers)
 
 
-def both(label: str, **specs: Spec | None) -> dict[str, str] | None:
-    """Drawings of one chart for wide and narrow screens, or None where there is nothing to draw."""
+def both(label: str, **specs: Spec | None) -> dict[str, Sheet] | None:
+    """One chart for wide and narrow screens, or None where there is nothing to draw."""
     if any(spec is None for spec in specs.values()):
         return None
-    return {name: draw(spec, label) for name, spec in specs.items() if spec is not None}
+    return {name: Sheet(spec, label) for name, spec in specs.items() if spec is not None}

@@ -13,7 +13,7 @@ import importlib.resources
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,38 @@ def file_name(label: str | None) -> str:
     return FILE_NAME if label is None else f"report-{label}.html"
 
 
-def write(run_dir: Path, report: Mapping[str, Any], label: str | None = None) -> Path:
-    """Write report.html into a run folder, atomically; one that shows this very report already is kept."""
+def write(
+    run_dir: Path,
+    report: Mapping[str, Any],
+    label: str | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """Write report.html into a run folder, atomically; one that shows this very report already is kept.
+
+    Where the charts cannot be drawn the page is written without them, `say` is told, and the next call tries
+    again.
+    """
     path = run_dir / file_name(label)
     if not _is_of(path, digest(report)):
+        text, undrawn = _render(report)
         with rundir.friendly_disk_errors(run_dir):
-            rundir.write_text(path, render(report))
+            rundir.write_text(path, text)
+        if undrawn is not None and say is not None:
+            say(f"{path.name} has no charts: {undrawn}")
     return path
 
 
-def write_checked(run_dir: Path, report: Mapping[str, Any], label: str | None = None) -> Path:
+def write_checked(
+    run_dir: Path,
+    report: Mapping[str, Any],
+    label: str | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Path:
     """As `write`, for a report.json that may have been damaged. Raises ConfigError."""
     try:
-        return write(run_dir, report, label)
+        return write(run_dir, report, label, say=say)
     except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{run_dir / 'report.json'} cannot be shown: {error}",
@@ -87,20 +106,29 @@ def _is_of(path: Path, wanted: str) -> bool:
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page as text, charts drawn where the library for it is installed."""
+    """The page as text, charts drawn where the library for it is installed and works."""
+    return _render(report)[0]
+
+
+def _render(report: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The page, and why drawing its charts failed."""
     css = _text("report.css")
     style = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return (
+    context = _context(report)
+    undrawn = context["left_out"] if charts.available() else None
+    text = (
         _environment()
         .get_template("report.html.j2")
         .render(
-            **_context(report),
+            **context,
             css=Markup(css),  # our own file; its hash is in the page's policy
             policy=f"default-src 'none'; style-src 'sha256-{style}'; img-src data:; "
             "base-uri 'none'; form-action 'none'",
-            digest=digest(report),
+            # another digest where drawing failed, so that it is tried again
+            digest=digest(report) + ("" if undrawn is None else "-undrawn"),
         )
     )
+    return text, undrawn
 
 
 def _text(name: str) -> str:
@@ -170,13 +198,19 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
     tried = [c for c in rows if c["measured"] is not None or c["error"] is not None]
     answers = list(report.get("answers") or ())
     cut = _cut(report, shown)
+    left_out, drawn = None, None
+    try:
+        drawn = _charts(report, rows, shown, cut)
+    except charts.CannotDraw as error:
+        left_out = str(error)
     return {
         "report": report,
         "shown": shown,
         "selected": selected,
         "verdict": next((_VERDICTS[a["code"]] for a in answers if a["code"] in _VERDICTS), None),
         "answers": answers,
-        "charts": _charts(report, rows, shown, cut) if charts.available() else None,
+        "charts": drawn,
+        "left_out": left_out,
         "cut": cut,
         "memory": _memory(report, shown),
         "measured_rows": [_table_row(report, c) for c in tried],
@@ -326,6 +360,11 @@ def _memory(report: Mapping[str, Any], shown: Row | None) -> dict[str, Any] | No
 def _charts(
     report: Mapping[str, Any], rows: Sequence[Row], shown: Row | None, cut: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
+    """Every chart of the page, drawn. Raises CannotDraw."""
+    if not charts.available():
+        raise charts.CannotDraw(
+            "the library that draws them is not installed (pip install 'edgeprune[report]')"
+        )
     marked = None if shown is None else shown["id"]
     budget = report["budget"]
 
@@ -383,7 +422,7 @@ def _charts(
                     "predicted": any(p.y is not None and not p.measured for p in seen),
                     "limit": near,
                     "outside": settings["x_limit"] is not None and not near,
-                    **_markup(drawn),
+                    **drawn,
                 }
             )
     if cut is not None:
@@ -396,7 +435,7 @@ def _charts(
                 narrow=charts.layer_chart(before, after, what=title, width=charts.NARROW),
             )
             assert drawn is not None
-            out.append({"name": unit, "title": f"{title} kept per layer", **_markup(drawn)})
+            out.append({"name": unit, "title": f"{title} kept per layer", **drawn})
     memory = _memory(report, shown)
     if memory is not None:
         parts = [(part["name"], part["bytes"]) for part in memory["parts"]]
@@ -407,13 +446,18 @@ def _charts(
             narrow=charts.memory_chart(parts, width=charts.NARROW, **given),
         )
         assert drawn is not None
-        out.append({"name": "parts", "title": "Memory", **_markup(drawn)})
-    return out
+        out.append({"name": "parts", "title": "Memory", **drawn})
+    return _drawn(out)
 
 
-def _markup(drawn: Mapping[str, str]) -> dict[str, Markup]:
+def _drawn(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with drawings in place of their sheets: all at once, as the process for it takes a second."""
+    sheets = [value for row in rows for value in row.values() if isinstance(value, charts.Sheet)]
+    made = iter(charts.draw(sheets))
     # `charts.clean` lets shapes and escaped text through and nothing else
-    return {name: Markup(svg) for name, svg in drawn.items()}
+    return [
+        {k: Markup(next(made)) if isinstance(v, charts.Sheet) else v for k, v in row.items()} for row in rows
+    ]
 
 
 def _label(c: Row) -> str:
