@@ -26,6 +26,7 @@ EXTRA = "report"  # the optional part of the package that draws
 WIDE, NARROW = 508, 318  # CSS pixels: beside another chart, and on a phone
 PATIENCE_S = 120.0  # of the clock, for all charts of a page; a second is usual
 FLOOR = 1e-4  # nats per token; a logarithmic axis has no zero
+MOST_GUESSED_NAMES = 6  # of points of predicted quality; with more of them none has its name beside it
 _SVG = "http://www.w3.org/2000/svg"
 _TAGS = {"svg", "g", "path", "line", "rect", "text", "tspan"}
 _ATTRIBUTES = {
@@ -230,12 +231,18 @@ def in_view(points: Sequence[Point], limit: float | None) -> tuple[list[Point], 
     if not judged:
         return [], False
     x, near = _x_scale(judged, limit)
-    return [p for p in points if p.y is not None or x.low <= p.x <= x.high], near
+    return [p for p in points if x.low <= p.x <= x.high], near
 
 
 def _x_scale(judged: Sequence[Point], limit: float | None) -> tuple[_Scale, bool]:
-    """Room for every value and its name, and for the limit where it is near enough to be shown."""
-    values = [v for p in judged for v in (p.x, p.x_low, p.x_high) if v is not None]
+    """Room for every value and its name, and for the limit where it is near enough to be shown.
+
+    Points of predicted quality get room where they are near those of measured quality.
+    """
+    sure = [p for p in judged if p.y_measured] or list(judged)
+    values = [v for p in sure for v in (p.x, p.x_low, p.x_high) if v is not None]
+    low, high = min(values), max(values)
+    values += [p.x for p in judged if low / 1.5 <= p.x <= 1.5 * high]
     low, high = min(values), max(values)
     near = limit is not None and low / 2 <= limit <= 2 * high
     if near and limit is not None:
@@ -250,6 +257,14 @@ def _y_scale(values: Sequence[float], limit: float | None) -> _Scale:
     if high / low < 4:
         low, high = low / 2, high * 2
     return _Scale(max(FLOOR * 0.7, low / 1.4), high * 1.8, log=True)
+
+
+def _heights(p: Point) -> list[float]:
+    """Values that the axis has room for: an interval that is predicted may be wide, and ends at the frame."""
+    known = [v for v in (p.y, p.y_low, p.y_high) if v is not None]
+    if p.y_measured or p.y is None:
+        return known
+    return [min(max(v, p.y / 3), p.y * 3) for v in known]
 
 
 def y_ticks(scale: _Scale, most: int = 7) -> list[float]:
@@ -279,7 +294,8 @@ def quality_chart(
         return None
     height = 330 if width >= WIDE else 320
     x, near = _x_scale(judged, x_limit)
-    y = _y_scale([v for p in judged for v in (p.y, p.y_low, p.y_high) if v is not None], y_limit)
+    judged = [p for p in judged if x.low <= p.x <= x.high]
+    y = _y_scale([v for p in judged for v in _heights(p)], y_limit)
     x_axis: Spec = {
         "field": "x",
         "type": "quantitative",
@@ -333,19 +349,23 @@ def _row(p: Point, unit: str, y: _Scale) -> Spec:
         if p.y is None
         else f", KL {p.y:.4f} {'measured' if p.y_measured else 'predicted'}"
     )
+    if not p.y_measured and p.y_low is not None and p.y_high is not None:
+        about += f" ({p.y_low:.4f} to {p.y_high:.4f})"
 
     def clamp(v: float | None) -> float | None:
-        return None if v is None else max(y.low, v)
+        return None if v is None else min(max(y.low, v), y.high)
 
     return {
         "x": p.x,
-        "x_low": p.x_low,
-        "x_high": p.x_high,
+        # beside a predicted quality a second interval says little and covers much
+        "x_low": p.x_low if p.y_measured else None,
+        "x_high": p.x_high if p.y_measured else None,
         "y": clamp(p.y),
         "y_low": clamp(p.y_low),
         "y_high": clamp(p.y_high),
         "dense": p.dense,
         "measured": p.measured,
+        "guessed": p.y is not None and not p.y_measured,
         "marked": p.marked,
         "about": about,
     }
@@ -417,7 +437,7 @@ def _lines(rows: Sequence[Spec], more_is_better: bool) -> list[Spec]:
             color = f"var(--{'dense' if dense_rows else 'pruned'})"
             mark: Spec = {"type": "rule", "color": color, "strokeWidth": 1.4}
             if not measured:
-                mark["strokeDash"] = [2, 3]
+                mark |= {"strokeDash": [2, 3], "strokeWidth": 1}
             for a, b in (("x", "y"), ("y", "x")):
                 ends = [r for r in group if r[f"{a}_low"] is not None and r[f"{a}_high"] is not None]
                 if ends:
@@ -432,9 +452,11 @@ def _lines(rows: Sequence[Spec], more_is_better: bool) -> list[Spec]:
 
 def _marks(rows: Sequence[Spec]) -> list[Spec]:
     out: list[Spec] = []
-    for measured in (True, False):
+    # what is only predicted lies below what was measured
+    for guessed, measured in ((True, False), (False, True), (False, False)):
         for dense in (True, False):
-            group = [r for r in rows if r["measured"] is measured and r["dense"] is dense]
+            kind = (guessed, measured, dense)
+            group = [r for r in rows if (r["guessed"], r["measured"], r["dense"]) == kind]
             if not group:
                 continue
             color = f"var(--{'dense' if dense else 'pruned'})"
@@ -465,17 +487,20 @@ def _labels(
 ) -> Spec:
     """Names beside the marks where they cover neither a mark nor another name; the marked one first."""
     width, height = plot
+    guessed = [p for p in points if not p.y_measured]
     at = {p.name: (x.share(p.x) * width, (1 - y.share(max(y.low, p.y or 0))) * height) for p in points}
     taken: list[Box] = [(cx - 7, cy - 7, cx + 7, cy + 7) for cx, cy in at.values()]
     for p in points:
-        if p.x_low is not None and p.x_high is not None:
+        if p.x_low is not None and p.x_high is not None and p.y_measured:
             cy = at[p.name][1]
             taken.append((x.share(p.x_low) * width, cy - 2, x.share(p.x_high) * width, cy + 2))
     if limit is not None:
         at_limit = x.share(limit) * width
         taken.append((at_limit - 2, 0, at_limit + 2, height))
     rows = []
-    for p in sorted(points, key=lambda p: (not p.marked, p.y or 0)):
+    for p in sorted(points, key=lambda p: (not p.marked, not p.y_measured, p.y or 0)):
+        if not p.y_measured and len(guessed) > MOST_GUESSED_NAMES:
+            continue
         cx, cy = at[p.name]
         long, far = (7.4 if p.marked else 6.8) * len(p.label), 13 if p.marked else 9
         places = {

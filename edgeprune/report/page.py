@@ -23,7 +23,7 @@ from markupsafe import Markup
 from edgeprune import rundir
 from edgeprune.errors import ConfigError
 from edgeprune.report import charts
-from edgeprune.report.answers import doubt_lines
+from edgeprune.report.answers import doubt_lines, search_line
 from edgeprune.units import format_bytes
 
 FILE_NAME = "report.html"
@@ -41,6 +41,8 @@ _VERDICTS = {
     "prune": "Prune",
     "nothing-fits": "Nothing fits",
 }
+_MOST_GUESSED = 60  # points of predicted quality in a chart
+_MOST_PLANNED = 300  # rows of candidates that were only planned
 _MOST_TEXT = 2000  # characters of one sample output
 
 Row = Mapping[str, Any]
@@ -154,8 +156,19 @@ def _environment() -> jinja2.Environment:
         percent=lambda v, digits=1: "-" if v is None else f"{100 * v:.{digits}f}",
         short=_short,
         plain=_plain,
+        breaks=_breaks,
     )
     return made
+
+
+def _breaks(name: str) -> str | Markup:
+    """A name that ends in a mix of types may wrap before each of them; others stay on one line."""
+    if "+" not in name:
+        return name
+    # Markup passes `_shown` by, so what it does is done here
+    parts = charts.visible(name).replace("@", "@\n").split("+")
+    made = Markup("<wbr>+").join(parts).replace("\n", Markup("<wbr>"))
+    return Markup('<span class="mix">') + made + Markup("</span>")
 
 
 def _shown(value: Any) -> Any:
@@ -214,7 +227,8 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "cut": cut,
         "memory": _memory(report, shown),
         "measured_rows": [_table_row(report, c) for c in tried],
-        "planned_rows": [_table_row(report, c) for c in rows if c not in tried],
+        "planned": len(rows) - len(tried),
+        "planned_rows": [_table_row(report, c) for c in rows if c not in tried][:_MOST_PLANNED],
         "samples": _samples(report),
         "command": shlex.join(str(part) for part in report["command"]),
         "limits": {name: _limit(limit) for name, limit in report["budget"].items()},
@@ -225,6 +239,9 @@ def _context(report: Mapping[str, Any]) -> dict[str, Any]:
         "doubts": doubt_lines(report),
         "bundle": _bundle(report),
         "targets": list(report.get("targets") or ()),
+        "guessed": any(c["predicted"].get("kl") is not None for c in rows),
+        "search": _search(report),
+        "search_line": search_line(report),
     }
 
 
@@ -239,6 +256,16 @@ def _limit(limit: Row) -> str:
     if limit["unit"] == "bytes":
         return format_bytes(limit["value"])
     return f"{limit['value']:g} {limit['unit']}"
+
+
+def _search(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What is folded below the sentence on the search; parts that a run did not have are empty."""
+    found = report.get("search") or {}
+    return {
+        "seconds": found.get("seconds"),
+        "rounds": list(found.get("rounds") or ()),
+        "terms": dict((found.get("model") or {}).get("terms") or {}),
+    }
 
 
 def _benchmarks(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -401,7 +428,7 @@ def _charts(
         ),
     )
     for name, title, about, points, settings in plots:
-        known = [p for p in points if p is not None]
+        known = _fewer([p for p in points if p is not None])
         drawn = charts.both(
             f"Chart: {about} of {len([p for p in known if p.y is not None])} candidates. "
             "The figures are in the tables below.",
@@ -419,7 +446,9 @@ def _charts(
                     "dense": any(p.dense and p.y is not None for p in seen),
                     "pruned": any(not p.dense and p.y is not None for p in seen),
                     "planned": any(p.y is None for p in seen),
-                    "predicted": any(p.y is not None and not p.measured for p in seen),
+                    "predicted": any(p.y is not None and p.y_measured and not p.x_measured for p in seen),
+                    "guessed": any(p.y is not None and not p.y_measured for p in seen),
+                    "fewer": sum(p is not None for p in points) - len(known),
                     "limit": near,
                     "outside": settings["x_limit"] is not None and not near,
                     **drawn,
@@ -450,6 +479,13 @@ def _charts(
     return _drawn(out)
 
 
+def _fewer(points: Sequence[charts.Point]) -> list[charts.Point]:
+    """The points without most of those whose quality is only predicted: the best of them stay."""
+    guessed = sorted((p for p in points if p.y is not None and not p.y_measured), key=lambda p: p.y or 0)
+    out = {p.name for p in guessed[_MOST_GUESSED:]}
+    return [p for p in points if p.name not in out or p.marked]
+
+
 def _drawn(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with drawings in place of their sheets: all at once, as the process for it takes a second."""
     sheets = [value for row in rows for value in row.values() if isinstance(value, charts.Sheet)]
@@ -461,7 +497,8 @@ def _drawn(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _label(c: Row) -> str:
-    quantization = str(c["quantization"]).replace(" as given", "*")
+    base, more, _ = str(c["quantization"]).replace(" as given", "*").partition("+")
+    quantization = f"{base} mix" if more else base
     return quantization if c["ratio"] == 0 else f"-{100 * c['ratio']:.0f}% {quantization}"
 
 
