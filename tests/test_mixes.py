@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -11,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgeprune.costs import gguf_types, speed
 from edgeprune.errors import ConfigError
@@ -80,6 +84,35 @@ def test_bad_names(name: str, line: str) -> None:
             refuse(name)
         assert str(error.value) == line
         assert error.value.hint
+
+
+def test_all_mixes_come_back() -> None:
+    """Every base with every choice of types, each as written and backwards."""
+    bases = [name for name in gguf_types.QUANTIZATIONS if name not in gguf_types.FLOATS]
+    choices = [None, *gguf_types.OVERRIDES]
+    n = 0
+    for base, *kinds in itertools.product(bases, choices, choices, choices):
+        own = [(part, kind) for part, kind in zip(gguf_types.CLASSES, kinds, strict=True) if kind]
+        name = gguf_types.Parts(base, tuple(own)).name
+        backwards = "+".join([base, *(f"{part}={kind}" for part, kind in reversed(own))])
+        assert gguf_types.parts(backwards) == gguf_types.parts(name) == gguf_types.Parts(base, tuple(own))
+        # a file name of an artifact holds it
+        assert len(name) <= 56 and "/" not in name
+        n += 1
+    assert n == 13 * 13**3
+
+
+@given(
+    st.lists(st.sampled_from(["Q4_0", "F16", "+", "=", "ffn", "attention", "Q8_0", " ", "x", ""]), max_size=9)
+)
+def test_any_text_is_a_name_or_one_line(pieces: list[str]) -> None:
+    name = "".join(pieces)
+    try:
+        found = gguf_types.canonical(name)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert gguf_types.canonical(found) == found and sorted(found.split("+")) == sorted(name.split("+"))
 
 
 def test_every_override_is_a_type_that_some_quantization_makes() -> None:
@@ -199,8 +232,6 @@ def test_one_cost_for_many_plans() -> None:
     names = ("Q4_0", "Q4_0+ffn=Q8_0", "Q4_K_M+attention=Q8_0")
 
     def plan(i: int) -> ModelDims:
-        import dataclasses
-
         return dataclasses.replace(big_dims(), layers=(LayerShape(n_heads=9, n_kv_heads=3, n_ff=32 * i),) * 2)
 
     first = [cost.file_bytes(plan(i), name) for i in range(1, 100) for name in names]
@@ -256,7 +287,7 @@ def made(
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_predicted_bytes_and_types_are_real(tmp_path: Path, name: str) -> None:
-    """`export` reads each file back: types and metadata as planned. With and without an importance matrix."""
+    """`export` reads each file back: types and metadata as planned. Half with an importance matrix."""
     layers, over = SHAPES[name]
     _, config, dims, read, imatrix = made(layers, **over)
     from edgeprune.costs.gguf_header import read_header
@@ -264,24 +295,55 @@ def test_predicted_bytes_and_types_are_real(tmp_path: Path, name: str) -> None:
 
     master = tmp_path / "master.gguf"
     exporter.write(master, LLAMA, dims, config, [], read)
-    for quantization in MIXES:
-        for given in (imatrix, None):
-            cost = exporter.FileCost(LLAMA, config, [], has_imatrix=given is not None)
-            out = tmp_path / f"{quantization}.gguf"
-            n = exporter.export(
-                out, family=LLAMA, dims=dims, config=config, tokenizer_kvs=[], read_tensor=read,
-                quantization=quantization, imatrix=given, master=master,
-            )  # fmt: skip
-            assert n == out.stat().st_size == cost.file_bytes(dims, quantization), quantization
-            header = read_header(out)
-            assert cost.weight_bytes(dims, quantization) == sum(t.n_bytes for t in header.tensors)
-            base = gguf_types.parts(quantization).base
-            assert header.values()["general.file_type"] == gguf_types.QUANTIZATIONS[base][0]
-            for tensor in header.tensors:
-                own = dict(gguf_types.parts(quantization).overrides)
-                part = gguf_types.tensor_class(tensor.name)
-                if part in own:
-                    assert tensor.type.name == gguf_types.fit(own[part], tensor.dims[0]), tensor.name
+    for index, quantization in enumerate(MIXES):
+        importance = imatrix if (index + len(layers)) % 2 else None
+        cost = exporter.FileCost(LLAMA, config, [], has_imatrix=importance is not None)
+        out = tmp_path / f"{quantization}.gguf"
+        n = exporter.export(
+            out, family=LLAMA, dims=dims, config=config, tokenizer_kvs=[], read_tensor=read,
+            quantization=quantization, imatrix=importance, master=master,
+        )  # fmt: skip
+        assert n == out.stat().st_size == cost.file_bytes(dims, quantization), quantization
+        header = read_header(out)
+        assert cost.weight_bytes(dims, quantization) == sum(t.n_bytes for t in header.tensors)
+        base = gguf_types.parts(quantization).base
+        assert header.values()["general.file_type"] == gguf_types.QUANTIZATIONS[base][0]
+        for tensor in header.tensors:
+            own = dict(gguf_types.parts(quantization).overrides)
+            part = gguf_types.tensor_class(tensor.name)
+            if part in own:
+                assert tensor.type.name == gguf_types.fit(own[part], tensor.dims[0]), tensor.name
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3 untied", "gemma3", "smollm3", "phi3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_every_family_has_a_class(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("llama_cpp")
+    import builders
+
+    from edgeprune import checkpoint
+    from edgeprune.costs.gguf_header import read_header
+    from edgeprune.exporters import gguf as exporter
+
+    assert set(FAMILIES) == set(builders.FAMILIES)
+    source, whole = builders.opened(builders.tiny_family(tmp_path / "m", family))
+    own = {"embedding": "Q8_0", "attention": "Q5_1", "ffn": "IQ4_NL"}
+    name = "+".join(["Q4_0", *(f"{part}={kind}" for part, kind in own.items())])
+    found = find_family(whole.dims.family)
+    out = tmp_path / "m.gguf"
+    n = exporter.export(
+        out, family=found, dims=whole.dims, config=source.config, tokenizer_kvs=[], quantization=name,
+        read_tensor=lambda tensor: checkpoint.to_float32(source.tensor(tensor)),
+    )  # fmt: skip
+    assert n == exporter.FileCost(found, source.config, [], has_imatrix=False).file_bytes(whole.dims, name)
+    seen: dict[str | None, set[str]] = {}
+    for tensor in read_header(out).tensors:
+        if gguf_types.may_quantize(tensor.name, tensor.shape):
+            seen.setdefault(gguf_types.tensor_class(tensor.name), set()).add(tensor.type.name)
+    assert seen == {part: {kind} for part, kind in own.items()}
 
 
 def distance(path: Path, expected: np.ndarray) -> float:
