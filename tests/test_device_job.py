@@ -138,6 +138,15 @@ def test_a_device_that_cannot_be_the_target(place: Path, tmp_path: Path, server:
     assert _copied(server) == []
 
 
+def test_energy_of_a_sustained_run() -> None:
+    run = {"tps": [20.0], "seconds": 60.0, "joules": 480.0, "meter": "RAPL", "tokens": 1200}
+    assert device_loop.energy(run) == (0.4, "RAPL")
+    assert device_loop.energy(None) == (None, None)
+    # no meter, a counter that went backwards, nothing generated
+    for lie in ({"joules": None, "meter": None}, {"joules": -3.0}, {"joules": 0.0}, {"tokens": 0}):
+        assert device_loop.energy({**run, **lie}) == (None, None)
+
+
 def test_hold(tmp_path: Path) -> None:
     """A file that needs more than the limit is killed, one that does not is not; both for real."""
     shape = {"hidden": 512, "head_dim": 64, "kv_dim": 256, "ffn": 1024, "layers": 16, "vocab": 4096}

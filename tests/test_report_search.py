@@ -227,6 +227,18 @@ def test_the_terminal_marks_what_could_not_be_checked() -> None:
     assert "…" not in text and f"> inner-10.0@{MIX.split('+')[0]}" in " ".join(text.split())
 
 
+def test_metered_energy_is_shown_with_its_meter(bare: None) -> None:
+    limits = budget(energy_j=limit(0.5, "J/token"))
+    rows = [candidate("dense@Q4_0", joules=0.4321), candidate("dense@Q8_0", joules=0.75, kl=0.01)]
+    rows = [dataclasses.replace(c, meets=selection.check_limits(limits, c)) for c in rows]
+    chosen = selection.select(limits, rows, lambda a, b: False)
+    report = made(candidates=rows, budget=limits, chosen=chosen, context={})
+    assert report["selected"] == "dense@Q4_0" and "± 0.5; 0.432 J per token by RAPL" in page.render(report)
+    text = render_table(report)
+    assert "dense@Q8_0 took 0.75 J per generated token by RAPL" in text and "?" not in text
+    assert [c["meets"]["energy"] for c in report["candidates"]] == [True, False]
+
+
 # ---------------------------------------------------------------- in a browser
 
 

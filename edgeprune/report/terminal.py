@@ -169,6 +169,10 @@ def _footnotes(report: Mapping[str, Any]) -> str:
         lines.append("~ the repeats spread by more than 10%: something else was using the machine")
     if any(answers.unchecked(report, c) for c in report["candidates"] if c["meets"]):
         lines.append("? nothing measured it, so this limit could not be checked")
+    for c in report["candidates"]:
+        joules = (c["measured"] or {}).get("joules_per_token")
+        if joules is not None:
+            lines.append(f"{c['id']} took {joules:.3g} J per generated token by {c['measured']['meter']}")
     lines += answers.doubt_lines(report)
     evaluation = report["evaluation"]
     if evaluation:
