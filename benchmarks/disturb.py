@@ -4,15 +4,19 @@
     .venv/bin/python benchmarks/disturb.py --kinds kill term --most 10
 
 The job is the whole of `edgeprune --target …` on a tiny random model: sampling, scoring, planning, recovery,
-export, verification, measurement, choice. Kinds: kill (SIGKILL), term, ctrl-c, ctrl-c-twice, each at stage
-boundaries and at random moments; disk (a full tmpfs), file (a limit on file size), memory (a cgroup that is
-too small), refused-memory (malloc fails), network (a namespace without one, then killed), clock (the date
-jumps while it runs), second (another run in the same folder), torn (a record cut in half between two runs).
+export, verification, measurement, choice. Kinds: kill (SIGKILL), term, ctrl-c, ctrl-c-twice, each at every
+stage boundary and at random moments; write (SIGKILL before a finished file takes its place: records, weights,
+checkpoints of recovery, exports, bundle, report); disk (a full tmpfs), file (a limit on file size), memory (a
+cgroup that is too small), refused-memory (malloc fails), network (a namespace without one, then killed),
+clock (the date jumps while it runs), second (another run in the same folder), torn (a record cut in half
+between two runs).
 
 What must be the same as in the undisturbed run: `selected`, ties, the sha256 of every artifact, the quality
 of every candidate and what recovery reached, all to the last bit. Speed differs from run to run, so the job
 is one whose answer cannot hinge on it: no limit on speed, and candidates that do not tie in quality, which
-is checked on the undisturbed run. Also counted: a record that was there before a disturbance and is gone or
+is checked on the undisturbed run. Boundaries and writes are those of the undisturbed run; a run stops itself
+there (_stop_at/sitecustomize.py), so that every one is met, one after the other in the same folder, before
+anything is left to chance. Also counted: a record that was there before a disturbance and is gone or
 changed behind it, a stage done twice, a traceback, a process that stays.
 
 Mounts, cgroups and namespaces want root; without it those kinds are left out, and the result says so.
@@ -29,6 +33,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -80,7 +85,21 @@ SIGNALS = {
     "ctrl-c": (signal.SIGINT, 1, (130,)),
     "ctrl-c-twice": (signal.SIGINT, 2, (130, -2)),
 }
-KINDS = (*SIGNALS, "disk", "file", "memory", "refused-memory", "network", "clock", "second", "torn")
+SIGNALS_AND_WRITES = {**SIGNALS, "write": SIGNALS["kill"]}
+STOPS = Path(__file__).resolve().parent / "_stop_at"
+# a boundary by its number, the name of a file, seconds
+Moment = int | str | float
+KINDS = (
+    *SIGNALS_AND_WRITES,
+    "disk",
+    "file",
+    "memory",
+    "refused-memory",
+    "network",
+    "clock",
+    "second",
+    "torn",
+)
 MOST_S = 600.0  # of one run; the machine may be busy
 
 
@@ -133,9 +152,9 @@ def events(folder: Path) -> list[tuple[str, str, str]]:
     return out
 
 
-def boundaries(folder: Path) -> list[tuple[str, str]]:
-    """Starts and ends of stages, in order."""
-    return [(event, stage) for event, stage, _ in events(folder) if event != "skip"]
+def boundaries(folder: Path) -> list[tuple[str, str, str]]:
+    """Starts and ends of stages, in order; stages of one name differ in their key."""
+    return [row for row in events(folder) if row[0] != "skip"]
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -175,6 +194,14 @@ def marked(mark: str) -> set[int]:
             if f"{MARK}={mark}".encode() in path.read_bytes():
                 out.add(int(path.parent.name))
     return out
+
+
+def has_stopped(pid: int) -> bool:
+    """Does a process stand still, by SIGSTOP?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 # ---------------------------------------------------------------- what may be missing here
@@ -273,7 +300,8 @@ class Bench:
     whole_s: float = 0.0
     start_s: float = 0.0  # until the first stage: loading libraries
     calm: dict[str, Any] = field(default_factory=dict)
-    steps: list[tuple[str, str]] = field(default_factory=list)
+    steps: list[tuple[str, str, str]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)  # of finished files, in the run folder
     rows: list[Row] = field(default_factory=list)
     different: list[dict[str, Any]] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
@@ -288,9 +316,16 @@ class Bench:
         *,
         prefix: Sequence[str] = (),
         before: Callable[[], None] | None = None,
+        stop_at: Moment | None = None,
         **env: str,
     ) -> tuple[subprocess.Popen[str], str]:
         mark = uuid.uuid4().hex
+        if isinstance(stop_at, int):
+            event, stage, key = self.steps[stop_at]
+            env["EDGEPRUNE_STOP_AT"] = f"log {event} {key} {stage}"
+        elif isinstance(stop_at, str):
+            env["EDGEPRUNE_STOP_AT"] = f"rename {(folder / stop_at).absolute()}"
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(STOPS), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(
             [*prefix, *self.job, "--out", str(folder)],
             cwd=ROOT,
@@ -306,7 +341,8 @@ class Bench:
     def undisturbed(self) -> None:
         folder = self.scratch / "calm"
         began = time.monotonic()
-        process, _ = self.start(folder)
+        names = self.scratch / "renames"
+        process, _ = self.start(folder, EDGEPRUNE_RENAMES=str(names))
         while not boundaries(folder) and process.poll() is None:
             time.sleep(0.01)
         self.start_s = time.monotonic() - began
@@ -315,18 +351,27 @@ class Bench:
         if process.returncode != 0:
             raise SystemExit(f"the undisturbed run ended with {process.returncode}:\n{err}")
         self.calm, self.steps = outcome(folder), boundaries(folder)
+        inside = [
+            Path(p) for p in names.read_text().splitlines() if Path(p).is_relative_to(folder.absolute())
+        ]
+        self.places = list(dict.fromkeys(str(p.relative_to(folder.absolute())) for p in inside))
         hinges = self.calm["ties"] or any(row[2] for row in self.calm["candidates"].values())
         if hinges or self.calm["selected"] is None or not self.calm["recovered"]:
             raise SystemExit(f"this job's answer would hinge on speed: {self.calm}")
 
     # ------------------------------------------------ waiting
 
-    def until(self, process: subprocess.Popen[str], folder: Path, moment: int | float) -> bool:
-        """Wait for a boundary by its number, or for seconds; False when the run was over before."""
+    def until(
+        self, process: subprocess.Popen[str], folder: Path, moment: Moment, *, stops: bool = False
+    ) -> bool:
+        """Wait for a moment; False when the run was over before. `stops`: it stops itself there."""
         if isinstance(moment, float):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=moment)
-        else:
+        elif stops:
+            while process.poll() is None and not has_stopped(process.pid):
+                time.sleep(0.004)
+        elif isinstance(moment, int):
             while self.steps[moment] not in boundaries(folder) and process.poll() is None:
                 time.sleep(0.004)
         return process.poll() is None
@@ -412,28 +457,35 @@ class Bench:
 
     # ------------------------------------------------ kinds
 
-    def signals(self, series: str, plan: Sequence[tuple[str, int | float]]) -> None:
+    def signals(self, series: str, plan: Sequence[tuple[str, Moment]]) -> None:
         """One run folder, interrupted by each (signal, moment) in turn; a moment already past is left out."""
         folder = self.fresh(series)
         for kind, moment in plan:
             if self.late():
                 break
-            if not isinstance(moment, float) and self.steps[moment] in boundaries(folder):
+            if isinstance(moment, int) and self.steps[moment] in boundaries(folder):
                 continue
             had = kept(folder)
-            process, mark = self.start(folder)
-            if not self.until(process, folder, moment):
+            process, mark = self.start(folder, stop_at=moment)
+            if not self.until(process, folder, moment, stops=True):
                 process.communicate()
                 self.compare(folder, series)  # it was over before
                 folder = self.fresh(series)
                 continue
-            number, times, codes = SIGNALS[kind]
+            number, times, codes = SIGNALS_AND_WRITES[kind]
             for _ in range(times):
                 with contextlib.suppress(ProcessLookupError):
                     # Ctrl-C reaches every process of the terminal; the others the main one only
                     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)  # it stopped itself
             shown = f"{moment:.1f} s" if isinstance(moment, float) else f"step {moment}"
-            self.ended(kind, series, shown, folder, process, mark, had, codes)
+            hit = None
+            if isinstance(moment, int) and self.steps[moment] != boundaries(folder)[-1]:
+                shown = f"near {moment}"
+            if isinstance(moment, str):
+                shown, hit = "rename", re.sub(r"[0-9a-f]{40,}", "…", moment)
+            self.ended(kind, series, shown, folder, process, mark, had, codes, hit)
         self.finish(folder, series)
 
     def disk(self, n: int) -> None:
@@ -570,10 +622,10 @@ class Bench:
                 offset = rng.choice((-20, -3, 3, 12)) * 365 + rng.randrange(300)
                 stamp.write_text(f"{offset:+d}d")
                 if moment != jumps[-1]:
-                    hit = " ".join(self.steps[moment])
+                    hit = " ".join(self.steps[moment][:2])
                     self.rows.append(Row("clock", "clock", f"{offset:+d} d", hit, None, "goes on"))
                     print(f"{len(self.rows):4} clock {offset:+d} d at {hit}", flush=True)
-            hit = " ".join(self.steps[jumps[-1]])
+            hit = " ".join(self.steps[jumps[-1]][:2])
             self.ended("clock", "clock", f"{offset:+d} d", folder, process, mark, had, (0,), hit)
             self.compare(folder, "clock")
 
@@ -612,11 +664,17 @@ class Bench:
             self.compare(folder, "torn")
 
 
-def plans(bench: Bench, most: int | None) -> Iterator[tuple[str, list[tuple[str, int | float]]]]:
-    """Series of signals: every boundary with SIGKILL, the others in turn, and random moments."""
+def plans(bench: Bench, most: int | None) -> Iterator[tuple[str, list[tuple[str, Moment]]]]:
+    """Series of signals: SIGKILL at every boundary and before every write, the others in turn, chance last.
+
+    Behind a kill a run starts anew, and what it does first it does again: moments go up within a series.
+    """
     steps, rng = len(bench.steps), bench.rng("plans")
     take = range(steps) if most is None else sorted(rng.sample(range(steps), min(most, steps)))
     yield "kill", [("kill", i) for i in take]
+    files = range(len(bench.places))
+    some = files if most is None else sorted(rng.sample(files, min(most, len(files))))
+    yield "write", [("write", bench.places[i]) for i in some]
     others = [k for k in SIGNALS if k != "kill"]
     for shift, name in enumerate(others if most is None else others[:1]):
         yield name, [(others[(i + shift) % 3] if most else name, i) for i in take if most or i % 3 == shift]
@@ -629,6 +687,14 @@ def plans(bench: Bench, most: int | None) -> Iterator[tuple[str, list[tuple[str,
             for _ in range(n)
         ],
     )
+
+
+def not_killed_at(bench: Bench) -> list[str]:
+    """Boundaries of the undisturbed run that no SIGKILL met."""
+    hit = {row.moment for row in bench.rows if row.kind == "kill"}
+    return [
+        f"{i}: {event} {stage}" for i, (event, stage, _) in enumerate(bench.steps) if f"step {i}" not in hit
+    ]
 
 
 def summary(bench: Bench, left_out: dict[str, str]) -> dict[str, Any]:
@@ -649,6 +715,8 @@ def summary(bench: Bench, left_out: dict[str, str]) -> dict[str, Any]:
     return {
         "undisturbed_s": round(bench.whole_s, 1),
         "stage_boundaries": len(bench.steps),
+        "stage_boundaries_not_killed_at": not_killed_at(bench),
+        "writes": len(bench.places),
         "injected": len(bench.rows),
         "runs_compared": bench.finals,
         "different": bench.different,
@@ -710,7 +778,7 @@ def campaign(
     bench.deadline = None if minutes is None else began + 60 * minutes
     print(
         f"undisturbed: {bench.whole_s:.1f} s ({bench.start_s:.1f} s until the first stage), "
-        f"{len(bench.steps)} boundaries, selected {bench.calm['selected']}",
+        f"{len(bench.steps)} boundaries, {len(bench.places)} writes, selected {bench.calm['selected']}",
         flush=True,
     )
     n = 10 if most is None else most
@@ -726,11 +794,14 @@ def campaign(
         "torn": (True, "", lambda: bench.torn(min(n, 6))),
     }
     left_out = {kind: why for kind, (can, why, _) in able.items() if kind in kinds and not can}
-    work = {kind: go for kind, (can, _, go) in able.items() if kind in kinds and can}
+    work: dict[str, Callable[[], None]] = {}
     for series, plan in plans(bench, most):
         chosen = [(kind, moment) for kind, moment in plan if kind in kinds]
         if chosen:
             work[series] = functools.partial(bench.signals, series, chosen)
+    work |= {kind: go for kind, (can, _, go) in able.items() if kind in kinds and can}
+    if "random" in work:
+        work["random"] = work.pop("random")  # chance comes last
     with ThreadPoolExecutor(jobs) as pool:
         going = {name: pool.submit(go) for name, go in work.items()}
     for name, done in going.items():

@@ -24,11 +24,66 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.slow
 def test_a_few_disturbances(tmp_path: Path) -> None:
-    found = disturb.campaign(tmp_path, ["kill", "ctrl-c-twice", "second"], most=4, seed=1)
-    assert found["injected"] >= 6 and found["runs_compared"] >= 2
+    found = disturb.campaign(tmp_path, ["kill", "write", "ctrl-c-twice", "second"], most=3, seed=1)
+    assert found["injected"] >= 8 and found["runs_compared"] >= 3
+    # what was planned was met
+    assert found["stage_boundaries"] - len(found["stage_boundaries_not_killed_at"]) == 3
+    assert found["by_kind"]["write"]["stages_hit"] == 3 and found["writes"] > 20
     assert disturb.clean(found), {k: found[k] for k in ("different", "records_lost", "wrong_exits")}
-    assert {row["kind"] for row in found["disturbances"]} >= {"kill", "second"}
+    assert {row["kind"] for row in found["disturbances"]} >= {"kill", "write", "second"}
     assert found["expected"]["selected"].startswith("uniform-") and found["expected"]["recovered"]
+
+
+JOB = """
+import json, os, sys
+
+folder = sys.argv[-1]
+os.makedirs(folder, exist_ok=True)
+known = [json.loads(x) for x in open(folder + "/log.jsonl")] if os.path.exists(folder + "/log.jsonl") else []
+
+def log(event, stage, key):
+    with open(folder + "/log.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps({"event": event, "stage": stage, "key": key}) + "\\n")
+
+for stage, key in (("one thing", "a"), ("one thing", "b"), ("two", "c")):
+    if any(row["event"] == "done" and row["key"] == key for row in known):
+        log("skip", stage, key)
+        continue
+    log("start", stage, key)
+    with open(folder + "/.part", "w") as f:
+        f.write(key)
+    os.replace(folder + "/.part", folder + "/" + key)
+    log("done", stage, key)
+"""
+
+
+def test_a_run_stops_at_every_boundary_and_write(tmp_path: Path) -> None:
+    """Killed there one after the other, each stage is seen at its start, before its file, and at its end."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    bench = disturb.Bench(tmp_path, [disturb.sys.executable, str(script)], 0)
+    stages = (("one thing", "a"), ("one thing", "b"), ("two", "c"))
+    bench.steps = [(event, *stage) for stage in stages for event in ("start", "done")]
+    bench.places = ["a", "b", "c"]
+    found = disturb.plans(bench, None)
+    kills, writes = next(found)[1], next(found)[1]
+    assert [m for _, m in kills] == [0, 1, 2, 3, 4, 5] and [m for _, m in writes] == ["a", "b", "c"]
+    for series, plan in (("kill", kills), ("write", writes)):
+        folder = tmp_path / series
+        for _, moment in plan:
+            process, _ = bench.start(folder, stop_at=moment)
+            assert bench.until(process, folder, moment, stops=True)
+            if isinstance(moment, str):
+                assert disturb.boundaries(folder)[-1] == ("start", *stages["abc".index(moment)])
+                assert not (folder / moment).exists() and (folder / ".part").read_text() == moment
+            else:
+                assert disturb.boundaries(folder)[-1] == bench.steps[moment]
+            process.kill()
+            process.communicate()
+        process, _ = bench.start(folder)
+        assert process.wait(timeout=60) == 0 and not bench.until(process, folder, 0, stops=True)
+        process.communicate()
+        assert [row for row in disturb.events(folder) if row[0] == "done"] == bench.steps[1::2]
 
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:
