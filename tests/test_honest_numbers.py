@@ -50,6 +50,15 @@ NAMED = {
     "seed": "none",
     "schema": "none",
     "max_measured": "candidates",
+    "considered": "candidates",
+    "measured": "candidates",
+    "round": "none",
+    "stderr": "as the value beside it",
+    "kl_low": "nats per token",
+    "kl_high": "nats per token",
+    "joules_per_token": "joules",
+    "max_energy_j": "joules",
+    "min_agreement": "a share",
     "relative_error": "a share",
     "prefill_error": "a share",
     "type_factors": "a share",
@@ -154,7 +163,7 @@ def test_every_number_has_its_unit(run: Path, name: str) -> None:
         last = path[-1]
         seen += 1
         if last == "value":
-            assert table["unit"] in ("bytes", "tokens/s", "ms", "nats/token")
+            assert table["unit"] in ("bytes", "tokens/s", "ms", "nats/token", "J/token", "of tokens")
             continue
         plain = DERIVED.sub("", last)
         if not (SUFFIXES.search(last) or last in NAMED or plain in NAMED or path[-2:-1] == ("type_factors",)):

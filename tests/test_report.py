@@ -97,6 +97,15 @@ def test_missing_limits_are_named() -> None:
     assert row(report)[-2:] == ["misses", "memory"]
 
 
+def test_several_missed_limits_make_lines_not_width() -> None:
+    report = copy.deepcopy(REPORT)
+    report["candidates"][0]["meets"] = {"memory": True, "decode_speed": False, "agreement": False}
+    lines = render_table(report).splitlines()
+    at = next(i for i, line in enumerate(lines) if "@" in line)
+    assert lines[at].endswith("  misses speed,") and lines[at + 1].strip() == "agreement"
+    assert max(len(line.rstrip()) for line in lines) <= 120 and "…" not in "".join(lines)
+
+
 def test_another_device_says_predicted() -> None:
     report = copy.deepcopy(REPORT)
     report["target"] = {"name": "raspberry-pi-5-8gb", "local": False}

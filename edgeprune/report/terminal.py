@@ -12,7 +12,7 @@ from rich.table import Table
 from edgeprune.report import answers, benchmarks
 from edgeprune.units import format_bytes
 
-_WIDTH = 120
+_WIDTH = 160  # no figure is cut short; most tables need 120
 _SAID = ("do-not-prune", "prune")  # what the headline says
 
 
@@ -137,9 +137,9 @@ def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
     for c in rows:
         p, m, q = c["predicted"], c["measured"], c["quality"]
         missed = [name for name, ok in c["meets"].items() if not ok]
-        limits = "failed" if c["error"] else "misses " + ",\n".join(missed) if missed else "met"
-        open_ = [] if c["error"] else answers.unchecked(report, c)
-        limits += "".join(f",\n{name.replace('_', ' ')} ?" for name in open_)
+        limits = "met ?" if answers.unchecked(report, c) else "met"
+        if c["error"] or missed:
+            limits = "failed" if c["error"] else _misses(missed)
         table.add_row(
             _mark(report, c),
             _lines(c["id"]),
@@ -156,6 +156,11 @@ def _table(rows: list[dict[str, Any]], report: Mapping[str, Any]) -> Table:
     return table
 
 
+def _misses(names: Sequence[str]) -> str:
+    """Limits that were missed, one on a line."""
+    return "misses " + ",\n".join(name.removeprefix("decode_").replace("_", " ") for name in names)
+
+
 def _decode(measured: Mapping[str, Any] | None) -> str:
     if not measured or measured["decode_tps"] is None:
         return "-"
@@ -167,8 +172,11 @@ def _footnotes(report: Mapping[str, Any]) -> str:
     lines = ["> selected, = quality cannot be told from it; pred. predicted, meas. measured"]
     if any(c["measured"] and c["measured"]["noisy"] for c in report["candidates"]):
         lines.append("~ the repeats spread by more than 10%: something else was using the machine")
-    if any(answers.unchecked(report, c) for c in report["candidates"] if c["meets"]):
-        lines.append("? nothing measured it, so this limit could not be checked")
+    judged = [c for c in report["candidates"] if c["meets"] and all(c["meets"].values())]
+    names = dict.fromkeys(name for c in judged for name in answers.unchecked(report, c))
+    if names:
+        shown = " and ".join(name.replace("_", " ") for name in names)
+        lines.append(f"? but the limit on {shown} could not be checked: nothing measured it")
     for c in report["candidates"]:
         joules = (c["measured"] or {}).get("joules_per_token")
         if joules is not None:
