@@ -9,7 +9,7 @@ Training text is 30 Wikipedia articles (--train-text: it should not be what the 
 what the parent writes itself (rows ending in 'self'). Judged in bfloat16 on text that was not trained on:
 WikiText-2 test (first --tokens tokens, windows of 2048) and other C4 pages (full KL to the dense model and
 perplexity, windows of 512). 'closed' is the share of the pruned model's excess perplexity that is gone.
-With --items N also on the first N items of PIQA and of ARC-Easy that a fixed seed draws (needs the eval extra).
+With --items N also by accuracy on N items each of PIQA and ARC-Easy that a seed draws (needs the eval extra).
 Rows are kept in benchmarks/results/recovery.json as they come, so a stopped run goes on where it was.
 `--split valid` reads WikiText-2 validation text, which settings may be tuned on; the test text is for
 reporting only.

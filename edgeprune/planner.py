@@ -1,9 +1,9 @@
-"""From scores, costs, budget and constraints to nested plans. Arithmetic only, no model."""
+"""From scores, costs, budget and constraints to plans. Arithmetic only, no model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgeprune import registry
@@ -11,7 +11,7 @@ from edgeprune.allocators.base import Allocator, PlanSpace, Widths, best_units
 from edgeprune.allocators.uniform import uniform_widths
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.graph import find_family, graph_of, prune_dims
-from edgeprune.records import LaunchFlags, MemoryParts, ModelDims, PlanLadder, PrunePlan, make_key
+from edgeprune.records import LaunchFlags, MemoryParts, ModelDims, PrunePlan, make_key
 
 __all__ = ["PlanSpace", "Widths", "best_units", "uniform_widths"]
 
@@ -192,34 +192,6 @@ def weakest_fit(space: PlanSpace, allocator: str, quantization: str, cost: CostO
     return make_plan(space, allocator, best_ratio, best)
 
 
-def ladder(plans: Sequence[PrunePlan], space: PlanSpace) -> PlanLadder:
-    """Order plans weak to strong and make them nested: an axis never grows back. Duplicates go."""
-    dense = plan_ratio(space, "uniform", 0.0)
-    out: list[PrunePlan] = [dense]
-    by_allocator: dict[str, list[PrunePlan]] = {}
-    for plan in plans:
-        if plan.kept:
-            by_allocator.setdefault(plan.allocator, []).append(plan)
-    for allocator, group in by_allocator.items():
-        floor = {axis.name: axis.n_units for axis in space.graph.axes}
-        for plan in sorted(group, key=lambda p: p.ratio):
-            widths = {
-                axis.name: min(floor[axis.name], len(plan.kept.get(axis.name, range(axis.n_units))))
-                for axis in space.graph.axes
-            }
-            floor = widths
-            nested = make_plan(space, allocator, plan.requested_ratio, widths)
-            if all(nested.kept != other.kept for other in out):
-                out.append(nested)
-    ids: dict[str, int] = {}
-    unique = []
-    for plan in sorted(out, key=lambda p: (p.ratio, p.allocator)):
-        ids[plan.id] = ids.get(plan.id, 0) + 1
-        again = ids[plan.id]
-        unique.append(plan if again == 1 else dataclasses.replace(plan, id=f"{plan.id}.{again}"))
-    return PlanLadder(plans=tuple(unique), key=make_key("plan_ladder", [p.key for p in unique]))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
     """One (plan, quantization) pair with its predicted cost; `measure` says whether it will be measured."""
@@ -233,49 +205,3 @@ class Lane:
     @property
     def id(self) -> str:
         return f"{self.plan.id}@{self.quantization}"
-
-
-def lanes(ladder: PlanLadder, quantizations: Sequence[str], cost: CostOf, *, most: int) -> tuple[Lane, ...]:
-    """Every plan at every quantization, and which of them are worth measuring.
-
-    In order: the dense model at every type that is predicted to fit; for the other types the plan that
-    removes least and fits; then, for comparison, the mildest pruned plans of the types that fit dense.
-    At least one pruned plan is measured when any fits, so that the report can say what pruning costs.
-    """
-    costs = {(plan.id, q): cost(plan.dims, q) for plan in ladder.plans for q in quantizations}
-    dense = ladder.plans[0]
-    pruned = ladder.plans[1:]
-    chosen: dict[tuple[str, str], str] = {}
-    dense_fit = [q for q in quantizations if costs[dense.id, q].fits]
-    dense_fit.sort(key=lambda q: -costs[dense.id, q].file_bytes)
-    first: list[tuple[str, str]] = [(dense.id, q) for q in dense_fit]
-    mildest: list[tuple[str, str]] = []
-    for q in quantizations:
-        if q not in dense_fit:
-            for allocator in dict.fromkeys(plan.allocator for plan in pruned):
-                fitting = [p for p in pruned if p.allocator == allocator and costs[p.id, q].fits]
-                if fitting:
-                    mildest.append((min(fitting, key=lambda p: p.ratio).id, q))
-    mildest.sort(key=lambda pair: next(p.ratio for p in pruned if p.id == pair[0]))
-    extra = [(p.id, q) for p in pruned for q in dense_fit if costs[p.id, q].fits]
-    room = most - 1 if (mildest or extra) and 1 < most <= len(first) else most
-    for pair in first[:room]:
-        chosen[pair] = "the dense model at every type that fits"
-    for pair in mildest:
-        if len(chosen) < most:
-            chosen[pair] = "removes least among the plans that fit at this type"
-    for pair in extra:
-        if len(chosen) < most:
-            chosen[pair] = "shows what pruning costs where the dense model fits too"
-    out = []
-    for plan in ladder.plans:
-        for q in quantizations:
-            price = costs[plan.id, q]
-            if (plan.id, q) in chosen:
-                why = chosen[plan.id, q]
-            elif not price.fits:
-                why = "predicted to miss " + ", ".join(price.misses)
-            else:
-                why = "not measured: a plan that removes less fits at this type"
-            out.append(Lane(plan=plan, quantization=q, cost=price, measure=(plan.id, q) in chosen, why=why))
-    return tuple(out)

@@ -122,8 +122,9 @@ class Recipe:
     eval_tokens: int
     formats: tuple[str, ...]
     quantizations: tuple[str, ...]
-    ratios: tuple[float, ...]  # rungs of the ladder beside the ones that just fit
+    ratios: tuple[float, ...]  # where nothing has to be pruned, what the first of these costs is shown
     max_measured: int
+    mixes: bool = False  # types by class of matrix beside the quantizations named
     compensation: str = "none"  # ridge, bias or none
     compensation_samples: int = 64  # windows that the ridge is solved on
     compensation_tokens: int = 256
@@ -389,13 +390,6 @@ class RecoveryResult:
     key: str
     tried: tuple[RecoveryTry, ...] = ()
     processes: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanLadder:
-    kind: ClassVar[str] = "plan_ladder"
-    plans: tuple[PrunePlan, ...]  # weak to strong, the dense model first
-    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

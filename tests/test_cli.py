@@ -197,7 +197,7 @@ def test_profiles(run_cli: Callable[..., Any]) -> None:
     )
     shown = json.loads(run_cli("profiles", "show", "chat-2k", "--format", "json").out)
     assert shown["workload"] == {"prompt_tokens": 512, "new_tokens": 128, "context_tokens": 2048}
-    assert "at most 9" in run_cli("profiles", "show", "chat-2k").out
+    assert "at most 14" in run_cli("profiles", "show", "chat-2k").out
 
 
 def test_doctor(run_cli: Callable[..., Any]) -> None:

@@ -26,6 +26,8 @@ LAYERS = {
     "metrics": 5,
     "allocators": 5,
     "planner": 5.5,
+    "damage": 5,
+    "search": 5.7,  # asks the planner for ladders
     "stability": 5,
     "verify": 5,
     "locate": 5,

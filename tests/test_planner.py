@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgeprune import graph, planner
 from edgeprune.errors import ConfigError, InfeasibleError
 from edgeprune.planner import Cost, PlanSpace
 from edgeprune.records import Constraints, ModelDims, ModelGraph, PrunePlan, UnitRule
+from edgeprune.search import SearchSpace
 
 LLAMA = graph.find_family("llama")
 
@@ -234,20 +236,29 @@ def check_legal(room: PlanSpace, plan: PrunePlan) -> None:
             assert len(kept) >= room.floor(axis)
 
 
-@settings(max_examples=60, deadline=None)
-@given(spaces(), st.lists(st.floats(0, 0.9), min_size=1, max_size=4), st.sampled_from(planner.ALLOCATORS))
-def test_a_ladder_is_legal_and_nested(room: PlanSpace, ratios: list[float], allocator: str) -> None:
-    top = planner.highest_ratio(room)
-    plans = [planner.plan_ratio(room, allocator, min(r, top)) for r in ratios]
-    ladder = planner.ladder(plans, room)
-    assert ladder.plans[0].id == "dense" and ladder.plans[0].kept == {}
-    assert len({p.id for p in ladder.plans}) == len(ladder.plans)
-    for plan in ladder.plans:
+@settings(max_examples=40, deadline=None)
+@given(spaces(), st.sampled_from(planner.ALLOCATORS))
+def test_a_ladder_is_legal_and_nested(room: PlanSpace, allocator: str) -> None:
+    field = SearchSpace(
+        plans={32: room},
+        allocators=(allocator,),
+        quantizations=("Q8_0",),
+        price=lambda *_: pytest.fail("a ladder needs no prices"),
+        rows=lambda *_: (),
+        caches=1,
+    )
+    rungs = [field.dense, *field.ladder(allocator, 32)]
+    plans = [field.make(rung) for rung in rungs]
+    assert plans[0].id == "dense" and plans[0].kept == {}
+    assert len({p.id for p in plans}) == len(plans)
+    for rung, plan in zip(rungs, plans, strict=True):
         check_legal(room, plan)
         after = graph.graph_of(LLAMA, plan.dims)
         assert plan.ratio == pytest.approx(1 - after.decoder_params / room.graph.decoder_params)
-    for weak, strong in zip(ladder.plans, ladder.plans[1:], strict=False):
-        assert weak.ratio <= strong.ratio
+        assert rung.ratio == pytest.approx(plan.ratio) and rung.dims == plan.dims
+        assert field.find(rung.id, rung.allocator, rung.block) == rung
+    for weak, strong in itertools.pairwise(plans):
+        assert weak.ratio < strong.ratio
         for axis in room.graph.axes:
             everything = tuple(range(axis.n_units))
             assert set(strong.kept.get(axis.name, everything)) <= set(weak.kept.get(axis.name, everything))
@@ -306,51 +317,3 @@ def test_what_fits_dense_is_not_cut() -> None:
     plan = planner.weakest_fit(room, "uniform", "Q8_0", table_cost(room, 1e9))
     assert plan is not None and plan.id == "dense"
     assert planner.weakest_fit(room, "uniform", "Q8_0", table_cost(room, 10)) is None
-
-
-# ---------------------------------------------------------------- lanes
-
-
-def ladder_of(room: PlanSpace, *ratios: float) -> planner.PlanLadder:
-    return planner.ladder([planner.plan_ratio(room, "uniform", r) for r in ratios], room)
-
-
-def test_lanes_by_hand() -> None:
-    room = small()
-    ladder = ladder_of(room, 0.2, 0.5)
-    dense, mild, strong = ladder.plans
-    total = room.graph.total_params
-    # at 8 bits only the strong cut fits; at 4 bits everything does
-    after = graph.graph_of(LLAMA, mild.dims).total_params
-    limit = (after + graph.graph_of(LLAMA, strong.dims).total_params) / 2
-    assert total / 2 < limit < after
-    lanes = planner.lanes(ladder, ("Q8_0", "Q4_0"), table_cost(room, limit), most=3)
-    why = {lane.id: (lane.measure, lane.why) for lane in lanes}
-    assert why == {
-        f"{dense.id}@Q8_0": (False, "predicted to miss memory"),
-        f"{dense.id}@Q4_0": (True, "the dense model at every type that fits"),
-        f"{mild.id}@Q8_0": (False, "predicted to miss memory"),
-        f"{mild.id}@Q4_0": (True, "shows what pruning costs where the dense model fits too"),
-        f"{strong.id}@Q8_0": (True, "removes least among the plans that fit at this type"),
-        f"{strong.id}@Q4_0": (False, "not measured: a plan that removes less fits at this type"),
-    }
-
-
-def test_one_pruned_plan_is_always_measured() -> None:
-    room = small()
-    ladder = ladder_of(room, 0.2)
-    lanes = planner.lanes(ladder, ("Q8_0", "Q4_0"), table_cost(room, 1e9), most=2)
-    assert [lane.id for lane in lanes if lane.measure] == ["dense@Q8_0", f"{ladder.plans[1].id}@Q8_0"]
-
-
-def test_a_single_measurement_is_the_dense_model() -> None:
-    room = small()
-    lanes = planner.lanes(ladder_of(room, 0.2), ("Q8_0", "Q4_0"), table_cost(room, 1e9), most=1)
-    assert [lane.id for lane in lanes if lane.measure] == ["dense@Q8_0"]
-
-
-def test_nothing_that_fits_means_nothing_to_measure() -> None:
-    room = small()
-    lanes = planner.lanes(ladder_of(room, 0.2), ("Q8_0",), table_cost(room, 1), most=9)
-    assert len(lanes) == 2
-    assert not any(lane.measure for lane in lanes)

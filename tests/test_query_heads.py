@@ -28,6 +28,7 @@ from edgeprune.exporters import gguf
 from edgeprune.metrics.base import Metric
 from edgeprune.pipeline import light
 from edgeprune.records import ModelGraph, UnitRule
+from edgeprune.search import SearchSpace
 
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(3, 96, 40)]
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
@@ -168,8 +169,15 @@ def test_legal_widths() -> None:
 def test_ladders_are_nested_and_even(allocator: str) -> None:
     built = graph.with_query_heads(graph.build(family_config("llama", **HEADS)))
     space = space_of(built, scores_of(built))
-    plans = [planner.plan_ratio(space, allocator, r, tolerance=1) for r in (0.1, 0.3, 0.5, 0.66)]
-    made = planner.ladder(plans, space).plans
+    field = SearchSpace(
+        plans={32: space},
+        allocators=(allocator,),
+        quantizations=("Q8_0",),
+        price=lambda *_: pytest.fail("a ladder needs no prices"),
+        rows=lambda *_: (),
+        caches=1,
+    )
+    made = [field.make(rung) for rung in (field.dense, *field.ladder(allocator, 32))]
     assert len(made) >= 4 and made[0].kept == {}
     assert any(name.endswith(".q") for name in made[-1].kept)
     for weak, strong in itertools.pairwise(made):

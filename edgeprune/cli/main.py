@@ -229,6 +229,12 @@ class _Verbs(click.Group):
     "--max-candidates", type=click.IntRange(min=1), metavar="N", help="Measure at most N candidates."
 )
 @click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="Begin no candidate after X minutes of measuring. Default: no limit but --max-candidates.",
+)
+@click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all sampling."
 )
 @calibration_seeds_option
@@ -300,6 +306,7 @@ def cli(ctx: click.Context, form: str, **given: Any) -> None:
         calibration_seeds=given["calibration_seeds"],
         threads=given["threads"],
         max_candidates=given["max_candidates"],
+        minutes=given["minutes"],
         quantizations=given["quantizations"],
         allocators=given["allocators"],
         compensation=given["compensation"],

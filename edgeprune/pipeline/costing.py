@@ -27,7 +27,9 @@ from edgeprune.records import (
 # plans are made to fit this share of a limit, because the prediction is not the measurement
 HEADROOM = 0.97
 UBATCHES = (512, 256, 128, 64, 32)
-KV_TYPES = ("f16", "q8_0")  # best quality first; a q8_0 cache costs far less than pruning
+# best quality first; what a rounded cache costs is measured with every candidate that has one
+KV_TYPES = ("f16", "q8_0", "q4_0")
+KV_BLOCK = 32  # elements; a head has to fill whole blocks
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,14 +42,17 @@ class CostModel:
     workload: Workload
     speed: SpeedModel | None
     tokenizer: str
-    _cache: dict[tuple[ModelDims, str], Cost] = dataclasses.field(default_factory=dict)
+    _cache: dict[tuple[ModelDims, str, int], Cost] = dataclasses.field(default_factory=dict)
+    _bytes: dict[tuple[ModelDims, str], tuple[int, list[memory_costs.StoredTensor]]] = dataclasses.field(
+        default_factory=dict
+    )
 
-    def flag_choices(self) -> list[LaunchFlags]:
-        """From the most comfortable to the leanest."""
+    def flag_choices(self, caches: int = len(KV_TYPES)) -> list[LaunchFlags]:
+        """From the most comfortable to the leanest, with the first `caches` types of the KV cache."""
         context = self.workload.context_tokens
         return [
             LaunchFlags(context_tokens=context, ubatch=u, kv_type=kv, mmap=False)
-            for kv in KV_TYPES
+            for kv in KV_TYPES[:caches]
             for u in UBATCHES
             if u <= context
         ]
@@ -58,23 +63,32 @@ class CostModel:
             for n, s, t, b in self.files.tensors(dims, quantization)
         ]
 
-    def __call__(self, dims: ModelDims, quantization: str) -> Cost:
-        found = self._cache.get((dims, quantization))
+    def __call__(self, dims: ModelDims, quantization: str, caches: int = len(KV_TYPES)) -> Cost:
+        caches = min(caches, cache_types(dims))
+        found = self._cache.get((dims, quantization, caches))
         if found is None:
-            found = self.price(
-                dims, self.files.file_bytes(dims, quantization), self.stored(dims, quantization)
-            )
-            self._cache[dims, quantization] = found
+            if (dims, quantization) not in self._bytes:
+                rows = self.stored(dims, quantization)
+                self._bytes[dims, quantization] = self.files.file_bytes(dims, quantization), rows
+            found = self.price(dims, *self._bytes[dims, quantization], caches)
+            self._cache[dims, quantization, caches] = found
         return found
 
-    def price(self, dims: ModelDims, file_bytes: int, tensors: list[memory_costs.StoredTensor]) -> Cost:
+    def price(
+        self,
+        dims: ModelDims,
+        file_bytes: int,
+        tensors: list[memory_costs.StoredTensor],
+        caches: int = len(KV_TYPES),
+    ) -> Cost:
         """Cost of a file with these tensors; flags are the first choice that fits, else the leanest."""
+        choices = self.flag_choices(min(caches, cache_types(dims)))
         weights = sum(t.bytes for t in tensors)
         read = speed_costs.by_type([(t.name, t.type, t.bytes) for t in tensors], tied=dims.tied)
         repacked = memory_costs.repacked(tensors, self.target.isa)
         limit = self.budget.memory_bytes.value * HEADROOM
-        peak, flags, parts = 0, self.flag_choices()[0], None
-        for flags in self.flag_choices():
+        peak, flags, parts = 0, choices[0], None
+        for flags in choices:
             parts = memory_costs.predict_parts(
                 dims,
                 weight_bytes=weights,
@@ -115,6 +129,11 @@ class CostModel:
         )
 
 
+def cache_types(dims: ModelDims) -> int:
+    """How many of KV_TYPES a model's cache may have."""
+    return 1 if dims.head_dim % KV_BLOCK else len(KV_TYPES)
+
+
 def tokenizer_kind(kvs: Sequence[KeyValue]) -> str:
     """How the memory model calls a tokenizer: bpe, spm or none."""
     models = {kv.key: kv.value for kv in kvs}
@@ -132,30 +151,6 @@ def widest_constraints(
     """Constraints under which every allowed quantization loads without falling back."""
     all_of = [constraints_of(family, dims, q) for q in quantizations]
     return max(all_of, key=lambda c: (c.ffn.multiple_of, c.kv.multiple_of))
-
-
-def plan_ladder(
-    space: planner.PlanSpace,
-    allocators: tuple[str, ...],
-    ratios: tuple[float, ...],
-    quantizations: tuple[str, ...],
-    cost: planner.CostOf,
-) -> planner.PlanLadder:
-    """The profile's rungs, and for each quantization the plan that removes least and fits."""
-    top = planner.highest_ratio(space)
-    plans = []
-    for allocator in allocators:
-        plans += [planner.plan_ratio(space, allocator, r) for r in ratios if r <= top]
-        measured = planner.load_allocator(allocator).curves
-        for quantization in quantizations:
-            priced = space
-            if measured:
-                # what is saved are bytes of this type, and a mix gives some tensors more bits than others
-                priced = dataclasses.replace(space, unit_costs=unit_bytes(space, quantization, cost))
-            plan = planner.weakest_fit(priced, allocator, quantization, cost)
-            if plan is not None:
-                plans.append(plan)
-    return planner.ladder(plans, space)
 
 
 def unit_bytes(space: planner.PlanSpace, quantization: str, cost: planner.CostOf) -> dict[str, float]:

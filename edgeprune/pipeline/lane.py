@@ -65,7 +65,8 @@ class Workshop:
     memory_limit: float
     flag_choices: list[LaunchFlags]
     text: refine.Text | None = None  # what plans with compensation are solved on
-    recovery: RecoveryRecipe | None = None  # what pruned plans are trained with
+    recovery: RecoveryRecipe | None = None  # what plans are trained with
+    trained: set[str] = dataclasses.field(default_factory=set)  # keys of the plans that are
     recoveries: dict[str, RecoveryResult] = dataclasses.field(default_factory=dict)  # by plan
     progress: Progress = dataclasses.field(default_factory=Silent)
     bench_threads: int | None = None
@@ -79,7 +80,7 @@ class Workshop:
         if plan.key not in self._sources:
             # one plan at a time is worked on, and what a source holds in memory is not small
             source = refine.source_of(self.run, self.parent, plan, self.text, self.progress)
-            if self.recovery is not None and plan.kept:
+            if self.recovery is not None and plan.key in self.trained:
                 # help and the dense lanes must not load what trains
                 from edgeprune.pipeline import recovering
 
@@ -91,7 +92,7 @@ class Workshop:
 
     def learn_what_was_recovered(self, plan: PrunePlan) -> None:
         """A resumed run whose files are all there has not opened the plan; the report wants its record."""
-        if self.recovery is not None and plan.kept and plan.id not in self.recoveries:
+        if plan.key in self.trained and plan.id not in self.recoveries:
             self._pruned(plan)
 
     def _export(self, path: Path, plan: PrunePlan, quantization: str, master: Path | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from edgeprune import bench, data, planner, quality, registry, rundir, selection
+from edgeprune import bench, compensation, data, planner, quality, registry, rundir, selection
 from edgeprune.config import budget as budgets
 from edgeprune.config.targets import read_calibration, with_calibration
 from edgeprune.costs import speed
-from edgeprune.costs.gguf_types import canonical
+from edgeprune.costs.gguf_types import block_size, canonical
 from edgeprune.devices import local
 from edgeprune.errors import ConfigError, InfeasibleError, MissingExtraError, StageError
 from edgeprune.exporters import gguf
@@ -30,6 +30,7 @@ from edgeprune.pipeline import (
     prepare,
     refine,
     scoring,
+    searching,
     trimming,
 )
 from edgeprune.pipeline import lane as lanes
@@ -43,9 +44,9 @@ from edgeprune.records import (
     Candidate,
     DeviceTarget,
     Measured,
-    PlanLadder,
     Predicted,
     Profile,
+    PrunePlan,
     QualitySummary,
     SampleSet,
     Selection,
@@ -54,6 +55,7 @@ from edgeprune.records import (
 from edgeprune.recovery.recipe import RecoveryRecipe
 from edgeprune.report import build as report_build
 from edgeprune.report import page
+from edgeprune.search import BASES, Goal, Rung, SearchSpace, mixes
 
 # what only late stages import: said before anything is worked out
 _NEEDED = (("transformers", "torch"), ("tokenizers", "torch"), ("gguf", "gguf"), ("llama_cpp", "gguf"))
@@ -103,6 +105,7 @@ class RunOptions:
     max_energy_j: float | None = None  # per generated token
     min_agreement: float | None = None
     objective: str = "quality"  # quality, speed or size: what the best within the limits is best in
+    minutes: float | None = None  # no candidate is begun after so many of measuring
     label: str | None = None  # of a further target in the same run folder: part of its report's name
 
 
@@ -371,14 +374,8 @@ class _Job:
                     measures=False,
                     progress=self.progress,
                 )
-        ladder = costing.plan_ladder(space, recipe.allocators, recipe.ratios, self.quantizations, cost)
-        ladder = self._recovered(self._compensated(ladder, text))
-        most = options.max_candidates or recipe.max_measured
-        given = self._given_lane(ladder.plans[0], cost)
-        planned = planner.lanes(
-            ladder, self.quantizations, cost, most=most - 1 if given and given.measure and most > 1 else most
-        )
-        planned = (given, *planned) if given else planned
+        ladders = self._search_space(space, cost)
+        dense = ladders.make(ladders.dense)
         shop = lanes.Workshop(
             run=self.folder,
             parent=self.parent,
@@ -398,9 +395,16 @@ class _Job:
             recovery=options.recovery,
             progress=self.progress,
         )
-        results = self._lanes(shop, planned, ladder.plans[0])
+        search = self._search(shop, ladders, dense, cost, text)
+        self._open_reference(shop, dense)
+        results = search.measure()
+        if options.recovery is not None:
+            results = search.train(functools.partial(self._trained, shop))
         builds = bench.other_builds([r.bench for r in results if r.bench is not None])
-        candidates = [self._candidate(shop, result, builds) for result in results]
+        others = (*self._missed(dense, cost), *(lane for lane, _ in search.unmeasured()))
+        left = [lanes.LaneResult(lane=lane) for lane in others]
+        expected = search.predicted()
+        candidates = [self._candidate(shop, r, builds, expected) for r in (*_in_order(results), *left)]
         candidates = [
             dataclasses.replace(c, meets=selection.check_limits(self.budget, c)) for c in candidates
         ]
@@ -416,7 +420,8 @@ class _Job:
             "dense_perplexity": next(
                 (r.quality.dense_perplexity for r in results if r.quality is not None), None
             ),
-            "plans": ladder.plans,
+            "plans": _plans([dense, *(r.lane.plan for r in (*results, *left))]),
+            "search": search.describe(),
             "recoveries": self._described(shop),
             "vocabulary": trimming.describe(self.parent.vocabulary) if self.parent.vocabulary else None,
             **self._findings(shop, results, candidates, chosen),
@@ -459,18 +464,15 @@ class _Job:
             "samples": outputs,
         }
 
-    def _recovered(self, ladder: PlanLadder) -> PlanLadder:
-        """The same plans under keys that say how their weights are trained."""
-        asked = self.options.recovery
-        if asked is None:
-            return ladder
+    def _trained(self, shop: lanes.Workshop, plan: PrunePlan) -> PrunePlan:
+        """The same plan under a name and key that say how its weights are trained."""
         from edgeprune.pipeline import recovering
 
-        plans = tuple(
-            dataclasses.replace(p, key=recovering.recipe_key(self.parent, p.key, asked)) if p.kept else p
-            for p in ladder.plans
-        )
-        return PlanLadder(plans=plans, key=make_key("plan_ladder", [plan.key for plan in plans]))
+        asked = self.options.recovery
+        assert asked is not None
+        key = recovering.recipe_key(self.parent, plan.key, asked)
+        shop.trained.add(key)
+        return dataclasses.replace(plan, id=f"{plan.id}-{asked.method}", key=key)
 
     def _described(self, shop: lanes.Workshop) -> dict[str, Any]:
         """What recovery came to, by plan."""
@@ -480,13 +482,102 @@ class _Job:
 
         return {name: recovering.describe(result) for name, result in shop.recoveries.items()}
 
-    def _compensated(self, ladder: PlanLadder, text: refine.Text | None) -> PlanLadder:
-        """The same plans under keys that say what their weights are solved on."""
-        kind = self.profile.recipe.compensation
-        if kind == "none" or text is None:
-            return ladder
-        plans = tuple(refine.compensated_plan(plan, kind, text.key) for plan in ladder.plans)
-        return PlanLadder(plans=plans, key=make_key("plan_ladder", [plan.key for plan in plans]))
+    def _search_space(self, space: planner.PlanSpace, cost: costing.CostModel) -> SearchSpace:
+        """Ladders whose widths fill the blocks of each type, and every mix that may be used."""
+        recipe, dims = self.profile.recipe, self.parent.graph.dims
+        names = list(self.quantizations)
+        if recipe.mixes and not self.options.quantizations:
+            names += mixes([q for q in BASES if q not in names])
+        plans = {}
+        for block in sorted({block_size(name) for name in names}):
+            alike = [name for name in names if block_size(name) == block]
+            rules = costing.widest_constraints(gguf.constraints, self.parent.family, dims, alike)
+            fitting = dataclasses.replace(space, constraints=rules)
+            if space.curves:
+                # what is saved are bytes, and a mix gives some tensors more bits than others
+                bytes_of = costing.unit_bytes(fitting, alike[-1], cost)
+                fitting = dataclasses.replace(fitting, unit_costs=bytes_of)
+            plans[block] = fitting
+        return SearchSpace(
+            plans=plans,
+            allocators=recipe.allocators,
+            quantizations=names,
+            price=cost,
+            rows=cost.files.tensors,
+            caches=costing.cache_types(dims),
+            finish=compensation.compensated_dims if recipe.compensation == "bias" else lambda cut: cut,
+        )
+
+    def _search(
+        self,
+        shop: lanes.Workshop,
+        space: SearchSpace,
+        dense: PrunePlan,
+        cost: costing.CostModel,
+        text: refine.Text | None,
+    ) -> searching.Search:
+        recipe, options = self.profile.recipe, self.options
+        given = self._given_lane(dense, cost)
+        lanes_ = [lane for lane in self._dense_lanes(dense, cost) if lane.measure]
+        made: dict[str, PrunePlan] = {}
+
+        def plan_of(rung: Rung) -> PrunePlan:
+            if rung.id not in made:
+                plan = space.make(rung)
+                kind = recipe.compensation
+                if kind != "none" and text is not None:
+                    plan = refine.compensated_plan(plan, kind, text.key)
+                made[rung.id] = plan
+            return made[rung.id]
+
+        goal = Goal(
+            objective=self.budget.objective,
+            most_kl=None if self.budget.kl is None else self.budget.kl.value,
+            least_agreement=None if self.budget.agreement is None else self.budget.agreement.value,
+        )
+        described = [self.parent.key, self.target.key, self.budget.key, goal.objective]
+        shapes = [list(recipe.allocators), list(space.quantizations), list(recipe.ratios)]
+        return searching.Search(
+            run=self.folder,
+            shop=shop,
+            space=space,
+            goal=goal,
+            first=[lane for lane in (given, *lanes_) if lane is not None and lane.measure],
+            compared=recipe.ratios[0] if recipe.ratios else None,
+            plan_of=plan_of,
+            value_of=functools.partial(self._value_of, shop),
+            most=options.max_candidates or recipe.max_measured,
+            seconds=None if options.minutes is None else 60 * options.minutes,
+            key=make_key(
+                "search_log",
+                *(described, shapes, plan_of(space.dense).key, recipe.compensation),
+                *(text.key if text else None, space.scores_key, shop.stats_key, shop.eval_set.key),
+                *(options.mode, self.device.name if not self.device.local else "local"),
+            ),
+            progress=self.progress,
+        )
+
+    def _dense_lanes(self, dense: PrunePlan, cost: costing.CostModel) -> list[Lane]:
+        """The parent at every type of the profile, the largest file first."""
+        out = []
+        for name in self.quantizations:
+            price = cost(dense.dims, name)
+            why = "the dense model at every type that fits"
+            if not price.fits:
+                why = f"predicted to miss {', '.join(price.misses)}"
+            out.append(Lane(plan=dense, quantization=name, cost=price, measure=price.fits, why=why))
+        return sorted(out, key=lambda lane: -lane.cost.file_bytes)
+
+    def _missed(self, dense: PrunePlan, cost: costing.CostModel) -> list[Lane]:
+        return [lane for lane in self._dense_lanes(dense, cost) if not lane.measure]
+
+    def _value_of(self, shop: lanes.Workshop, result: lanes.LaneResult) -> float | None:
+        """What the objective makes of a result, smaller is better; None when it misses a limit."""
+        candidate = self._candidate(shop, result, {}, {})
+        meets = selection.check_limits(self.budget, candidate)
+        if result.error is not None or candidate.quality is None or not meets or not all(meets.values()):
+            return None
+        return selection.value(self.budget, candidate)
 
     def _select(
         self, shop: lanes.Workshop, results: list[lanes.LaneResult], candidates: list[Candidate]
@@ -545,40 +636,27 @@ class _Job:
             why="the file as it was given" if price.fits else f"predicted to miss {', '.join(price.misses)}",
         )
 
-    def _lanes(self, shop: lanes.Workshop, planned: tuple[Lane, ...], dense: Any) -> list[lanes.LaneResult]:
-        work = [lane for lane in planned if lane.measure]
-        done: dict[str, lanes.LaneResult] = {}
-        if work:
-            with self.progress.stage("measure candidates", len(work) + 1) as bar:
-                shop.make_reference(dense)
-                # taken now: the F16 file may be gone once its lanes are done
-                self.parent_sample = findings.sample(
-                    *(self.folder, self.parent, self.progress),
-                    lambda: self.folder.path(shop.verified_master(dense).path),
-                    source=findings.PARENT,
-                    made_from=self.parent.key,
-                    kv_type="f16",
-                    threads=shop.threads,
-                )
-                bar.advance()
-                by_plan: dict[str, list[Lane]] = {}
-                for lane in work:
-                    by_plan.setdefault(lane.plan.id, []).append(lane)
-                for group in by_plan.values():
-                    for lane in group:
-                        self.progress.say(f"candidate {lane.id}")
-                        done[lane.id] = lanes.run_lane(shop, lane)
-                        if done[lane.id].error:
-                            self.progress.say(f"candidate {lane.id} failed: {done[lane.id].error}")
-                        bar.advance()
-                    shop.learn_what_was_recovered(group[0].plan)
-                    shop.drop_master(group[0].plan, keep=any(x.quantization == "F16" for x in group))
-        return [done.get(lane.id) or lanes.LaneResult(lane=lane) for lane in planned]
+    def _open_reference(self, shop: lanes.Workshop, dense: PrunePlan) -> None:
+        shop.make_reference(dense)
+        # taken now: the F16 file may be gone once its lanes are done
+        self.parent_sample = findings.sample(
+            *(self.folder, self.parent, self.progress),
+            lambda: self.folder.path(shop.verified_master(dense).path),
+            source=findings.PARENT,
+            made_from=self.parent.key,
+            kv_type="f16",
+            threads=shop.threads,
+        )
 
     def _candidate(
-        self, shop: lanes.Workshop, result: lanes.LaneResult, builds: Mapping[str, str]
+        self,
+        shop: lanes.Workshop,
+        result: lanes.LaneResult,
+        builds: Mapping[str, str],
+        expected: Mapping[str, tuple[float, float, float]],
     ) -> Candidate:
         lane, plan = result.lane, result.lane.plan
+        kl, kl_low, kl_high = expected.get(lane.id, (None, None, None))
         measured = None
         if result.memory is not None:
             timed = result.bench
@@ -635,6 +713,9 @@ class _Job:
                 decode_tps_high=price.decode_tps_high,
                 flags=price.flags,
                 memory=price.memory,
+                kl=kl,
+                kl_low=kl_low,
+                kl_high=kl_high,
             ),
             measured=measured,
             quality=summary,
@@ -655,6 +736,17 @@ class _Job:
             return arrays[name]
 
         return lambda a, b: quality.paired_difference(per_token(a), per_token(b)).tie
+
+
+def _in_order(results: Sequence[lanes.LaneResult]) -> list[lanes.LaneResult]:
+    """The dense model from large to small, then pruned plans as they were taken up."""
+    dense = [r for r in results if not r.lane.plan.kept]
+    return sorted(dense, key=lambda r: -r.lane.cost.file_bytes) + [r for r in results if r.lane.plan.kept]
+
+
+def _plans(found: Sequence[PrunePlan]) -> tuple[PrunePlan, ...]:
+    """Each plan once, from weak to strong."""
+    return tuple(sorted({plan.id: plan for plan in found}.values(), key=lambda p: (p.ratio, p.id)))
 
 
 def _doubts(timed: BenchResult, builds: Mapping[str, str]) -> tuple[str, ...]:
