@@ -297,11 +297,13 @@ def read_budget(raw: bytes, folder: Path) -> None:
     try:
         words = json.loads(text(raw))
         given = {str(k): str(v) for k, v in words.items()} if isinstance(words, dict) else {}
-        numbers = {k: float(given[k]) for k in ("decode_tps", "first_token_ms", "kl") if k in given}
+        names = ("decode_tps", "first_token_ms", "kl", "energy_j", "agreement")
+        numbers = {k: float(given[k]) for k in names if k in given}
     except (ValueError, RecursionError):
         raise EdgepruneError("refused by the command line") from None
     sizes = {k: parse_bytes(given[k]) for k in ("memory_bytes", "file_bytes") if k in given}
-    budget.resolve_budget(*_LIMITED, **sizes, **numbers)  # type: ignore[arg-type]
+    wanted = given.get("objective", "quality")
+    budget.resolve_budget(*_LIMITED, **sizes, **numbers, objective=wanted)  # type: ignore[arg-type]
 
 
 def read_report(raw: bytes, folder: Path) -> None:
@@ -530,7 +532,7 @@ _LIMITED = (
 )
 _BUDGET = {
     **{"memory_bytes": "200MB", "file_bytes": "1.5GiB", "decode_tps": "5"},
-    **{"first_token_ms": "900.5", "kl": "0.05"},
+    **{"first_token_ms": "900.5", "kl": "0.05", "energy_j": "0.5", "agreement": "0.9", "objective": "size"},
 }
 _SUITE = b'texts = ["wikitext2"]\nwindows = [128, 2048]\ntasks = ["boolq"]\nitems = 5\ntokens = 1000\n'
 _TOKENIZERS = _tokenizers()
