@@ -484,7 +484,7 @@ class Bench:
             if isinstance(moment, int) and self.steps[moment] != boundaries(folder)[-1]:
                 shown = f"near {moment}"
             if isinstance(moment, str):
-                shown, hit = "rename", re.sub(r"[0-9a-f]{40,}", "…", moment)
+                shown, hit = "rename", shorter(moment)
             self.ended(kind, series, shown, folder, process, mark, had, codes, hit)
         self.finish(folder, series)
 
@@ -697,6 +697,16 @@ def not_killed_at(bench: Bench) -> list[str]:
     ]
 
 
+def not_killed_before(bench: Bench) -> list[str]:
+    """Files before whose taking place no SIGKILL came."""
+    hit = {row.hit for row in bench.rows if row.kind == "write"}
+    return [place for place in bench.places if shorter(place) not in hit]
+
+
+def shorter(place: str) -> str:
+    return re.sub(r"[0-9a-f]{40,}", "…", place)
+
+
 def summary(bench: Bench, left_out: dict[str, str]) -> dict[str, Any]:
     by_kind: dict[str, dict[str, Any]] = {}
     for row in bench.rows:
@@ -717,6 +727,7 @@ def summary(bench: Bench, left_out: dict[str, str]) -> dict[str, Any]:
         "stage_boundaries": len(bench.steps),
         "stage_boundaries_not_killed_at": not_killed_at(bench),
         "writes": len(bench.places),
+        "writes_not_killed_before": not_killed_before(bench),
         "injected": len(bench.rows),
         "runs_compared": bench.finals,
         "different": bench.different,

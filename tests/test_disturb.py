@@ -53,6 +53,7 @@ for stage, key in (("one thing", "a"), ("one thing", "b"), ("two", "c")):
     with open(folder + "/.part", "w") as f:
         f.write(key)
     os.replace(folder + "/.part", folder + "/" + key)
+    os.replace(folder + "/" + key, folder + f"/.x.{os.getpid()}.part-" + key)
     log("done", stage, key)
 """
 
@@ -64,18 +65,20 @@ def test_a_run_stops_at_every_boundary_and_write(tmp_path: Path) -> None:
     bench = disturb.Bench(tmp_path, [disturb.sys.executable, str(script)], 0)
     stages = (("one thing", "a"), ("one thing", "b"), ("two", "c"))
     bench.steps = [(event, *stage) for stage in stages for event in ("start", "done")]
-    bench.places = ["a", "b", "c"]
+    bench.places = ["a", "b", ".x.PID.part-b", "c"]
     found = disturb.plans(bench, None)
     kills, writes = next(found)[1], next(found)[1]
-    assert [m for _, m in kills] == [0, 1, 2, 3, 4, 5] and [m for _, m in writes] == ["a", "b", "c"]
+    assert [m for _, m in kills] == [0, 1, 2, 3, 4, 5] and [m for _, m in writes] == bench.places
     for series, plan in (("kill", kills), ("write", writes)):
         folder = tmp_path / series
         for _, moment in plan:
             process, _ = bench.start(folder, stop_at=moment)
             assert bench.until(process, folder, moment, stops=True)
             if isinstance(moment, str):
-                assert disturb.boundaries(folder)[-1] == ("start", *stages["abc".index(moment)])
-                assert not (folder / moment).exists() and (folder / ".part").read_text() == moment
+                key = moment[-1]
+                assert disturb.boundaries(folder)[-1] == ("start", *stages["abc".index(key)])
+                there = folder / (".part" if moment == key else key)
+                assert not (folder / moment).exists() and there.read_text() == key
             else:
                 assert disturb.boundaries(folder)[-1] == bench.steps[moment]
             process.kill()

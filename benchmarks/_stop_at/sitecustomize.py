@@ -3,7 +3,8 @@
 Python loads a file of this name by itself when its folder is on PYTHONPATH. Nothing of edgeprune is changed:
 Python's audit events tell of files that are opened and renamed. EDGEPRUNE_STOP_AT is "log EVENT KEY
 STAGE" (behind that line of log.jsonl) or "rename FILE" (before a finished file takes that place);
-EDGEPRUNE_RENAMES is a file that gets the name of everything that took its place.
+EDGEPRUNE_RENAMES is a file that gets the name of everything that took its place. PID stands in names for the
+number of the process.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class _Watch:
 
     def _see(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "os.rename":
-            place = _path(args[1])
+            # names of unfinished folders have the process in them, and the next run is another
+            place = _path(args[1]).replace(f".{os.getpid()}.", ".PID.")
             if _NAMES is not None:
                 with open(_NAMES, "a", encoding="utf-8") as f:
                     f.write(place + "\n")
