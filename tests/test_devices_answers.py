@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,44 @@ def test_a_short_command_that_never_stops_talking(monkeypatch: pytest.MonkeyPatc
     finally:
         process.kill()
         process.wait()
+
+
+def plain_session(code: str) -> _session.Session:
+    """A session whose every program over there is this one."""
+    transport = Transport(
+        address="board",
+        argv=lambda line: [sys.executable, "-c", code],
+        explain=lambda number, words: ("remote", words or "?", None),
+    )
+    made = _session.Session(transport, name="test", waits_s=())
+    made._folder = "/there"
+    return made
+
+
+def test_stderr_without_an_end_is_not_kept() -> None:
+    """20 MB of it and then a reason: the last words count, and no more than them is held."""
+    code = "import sys; [sys.stderr.write('x' * 1000000) for _ in range(20)]; sys.exit('\\nno disk there')"
+    session = plain_session(code)
+    with pytest.raises(DeviceError) as seen:
+        session._shell("true", b"", timeout_s=60)
+    assert seen.value.message.endswith(" | no disk there") and len(seen.value.message) < 5000
+    with pytest.raises(DeviceError, match="does not answer"):
+        plain_session("import sys\nwhile True: sys.stderr.write('x' * 1000)")._shell("true", b"", timeout_s=2)
+
+
+def test_a_board_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds is written to it, and it never reads."""
+    monkeypatch.setattr(_session, "_STILL_S", 1.0)
+    session = plain_session("import time; time.sleep(600)")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(1 << 20))
+    began = time.monotonic()
+    with pytest.raises(DeviceError, match="board: the copy stands still") as seen:
+        session._pour(path, "/there/model.part", 0)
+    assert seen.value.kind == "lost"
+    with pytest.raises(DeviceError, match="does not answer"):
+        session._shell("cat", bytes(1 << 20), timeout_s=1)
+    assert time.monotonic() - began < 60
 
 
 def test_words_of_a_board_are_never_run(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import queue
 import re
 import shlex
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,8 @@ _CHUNK = 1 << 18
 _MOST_LINE = 8 << 20  # bytes; a sustained run of an hour is a tenth of it
 _MOST_LINES = 16  # waiting to be read
 _MOST_OUTPUT = 1 << 20  # bytes of a short command
+_MOST_WORDS = 4096  # bytes of stderr, the last ones
+_STILL_S = 120.0  # a copy of which nothing is taken for so long is given up
 _PATIENCE_S = 3600.0  # for the digest of a large file on a slow card
 # kinds after which the same step may work again
 _PASSING = ("lost", "damaged")
@@ -181,21 +182,21 @@ class Session:
             self._say(f"{self.transport.address}: it was restarted in between")
 
     def _shell(self, line: str, stdin: bytes, *, timeout_s: float) -> str:
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                list(self.transport.argv("LC_ALL=C; export LC_ALL; " + line)),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-            )
-            try:
-                out = _exchange(process, stdin, timeout_s)
-            except subprocess.TimeoutExpired:
-                raise DeviceError("lost", f"{self.transport.address} does not answer") from None
-            finally:
-                _end(process)
-            if process.returncode != 0:
-                raise self._failure(process.returncode, _tail(errors))
+        process = subprocess.Popen(
+            list(self.transport.argv("LC_ALL=C; export LC_ALL; " + line)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        errors = _Words(process)
+        try:
+            out = _exchange(process, stdin, timeout_s)
+        except subprocess.TimeoutExpired:
+            raise DeviceError("lost", f"{self.transport.address} does not answer") from None
+        finally:
+            _end(process)
+        if process.returncode != 0:
+            raise self._failure(process.returncode, errors.tail())
         return out.decode("utf-8", "replace")
 
     def _failure(self, code: int, words: str) -> DeviceError:
@@ -222,17 +223,17 @@ class Session:
             job["llama_bench"] = self._llama_bench
         elif self.facts.get("llama_bench"):
             job["llama_bench"] = self.facts["llama_bench"]
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                self._agent("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
-            )
-            try:
-                patience = float(job.get("timeout_s", 0.0)) + _PATIENCE_S
-                answer = self._converse(process, json.dumps(job).encode() + b"\n", patience)
-            finally:
-                _end(process)
-            if answer is None:
-                raise self._silent(process.returncode, _tail(errors))
+        process = subprocess.Popen(
+            self._agent("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        errors = _Words(process)
+        try:
+            patience = float(job.get("timeout_s", 0.0)) + _PATIENCE_S
+            answer = self._converse(process, json.dumps(job).encode() + b"\n", patience)
+        finally:
+            _end(process)
+        if answer is None:
+            raise self._silent(process.returncode, errors.tail())
         if "error" in answer:
             raise DeviceError(f"{answer.get('kind')}", f"{self.transport.address}: {answer['error']!s:.500}")
         return checked(job["job"], answer["ok"], self.transport.address)
@@ -337,29 +338,79 @@ class Session:
         return final
 
     def _pour(self, path: Path, part: str, offset: int) -> None:
-        with tempfile.TemporaryFile() as errors, path.open("rb") as source:
+        with path.open("rb") as source:
             source.seek(offset)
             process = subprocess.Popen(
                 self._agent("receive", part, str(offset)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=errors,
+                stderr=subprocess.PIPE,
             )
+            errors = _Words(process)
             assert process.stdin is not None
             try:
-                with contextlib.suppress(OSError):  # the exit code says what happened
-                    for chunk in iter(lambda: source.read(_CHUNK), b""):
-                        process.stdin.write(chunk)
-                    process.stdin.close()
-                code = process.wait(timeout=120)
-            except subprocess.TimeoutExpired:
-                raise DeviceError("lost", f"{self.transport.address}: the copy stands still") from None
+                with _Guard(process, _STILL_S) as guard:
+                    with contextlib.suppress(OSError):  # the exit code says what happened
+                        for chunk in iter(lambda: source.read(_CHUNK), b""):
+                            process.stdin.write(chunk)
+                            guard.moved()
+                        process.stdin.close()
+                    code = process.wait()
             finally:
                 _end(process)
+            if guard.ended:
+                raise DeviceError("lost", f"{self.transport.address}: the copy stands still")
             if code != 0:
                 if code < 0:
                     raise DeviceError("lost", f"{self.transport.address}: the connection was lost")
-                raise self._failure(code, _tail(errors))
+                raise self._failure(code, errors.tail())
+
+
+class _Words:
+    """The last words of a program on stderr, read as they come: endless talk fills nothing."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr is not None
+        self._source, self._kept = process.stderr, b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while data := self._source.read1(1 << 16):  # type: ignore[attr-defined]
+                self._kept = (self._kept + data)[-_MOST_WORDS:]
+
+    def tail(self) -> str:
+        """The last two lines as one, of a program that has ended."""
+        self._reader.join(timeout=2)  # something it left behind may hold the pipe
+        lines = [x.strip() for x in self._kept.decode("utf-8", "replace").splitlines()]
+        return " | ".join([x for x in lines if x and not x.startswith("Warning: Permanently added")][-2:])
+
+
+class _Guard:
+    """Ends a program that takes nothing for `patience_s`: writing to it would never come back."""
+
+    def __init__(self, process: subprocess.Popen[bytes], patience_s: float) -> None:
+        self._process, self._patience = process, patience_s
+        self._moved, self._over = time.monotonic(), threading.Event()
+        self.ended = False
+
+    def __enter__(self) -> _Guard:
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+
+    def moved(self) -> None:
+        self._moved = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._patience / 4)):
+            if time.monotonic() - self._moved > self._patience and self._process.poll() is None:
+                self.ended = True
+                self._process.kill()
+                return
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -393,18 +444,15 @@ def _exchange(process: subprocess.Popen[bytes], stdin: bytes, timeout_s: float) 
     source = process.stdout
     reader = threading.Thread(target=lambda: held.append(source.read(_MOST_OUTPUT)), daemon=True)
     reader.start()
-    with contextlib.suppress(OSError):  # the exit code says what happened
-        process.stdin.write(stdin)
-        process.stdin.close()
-    process.wait(timeout=timeout_s)
+    with _Guard(process, timeout_s) as guard:
+        with contextlib.suppress(OSError):  # the exit code says what happened
+            process.stdin.write(stdin)
+            process.stdin.close()
+        process.wait()
+    if guard.ended:
+        raise subprocess.TimeoutExpired(process.args, timeout_s)
     reader.join(timeout=5)
     return held[0] if held else b""
-
-
-def _tail(errors: Any) -> str:
-    errors.seek(max(0, errors.seek(0, 2) - 4096))
-    lines = [x.strip() for x in errors.read().decode("utf-8", "replace").splitlines()]
-    return " | ".join([x for x in lines if x and not x.startswith("Warning: Permanently added")][-2:])
 
 
 def _plain(name: str) -> str:
