@@ -459,8 +459,15 @@ def _report() -> bytes:
 
     from edgeprune import selection
 
-    limits = candidates.budget(200e6)
-    rows = [candidates.candidate("a"), candidates.candidate("b", ratio=0.2, memory=None, kl=None)]
+    floor = candidates.limit(0.2, "nats/token")
+    limits = candidates.budget(200e6, kl=floor, energy_j=candidates.limit(1.0, "J/token"), objective="speed")
+    guess = (0.1, 0.05, 0.2)
+    rows = [
+        candidates.candidate("a"),
+        candidates.candidate("b", ratio=0.2, memory=None, predicted_tps=90.0, predicted_kl=guess),
+        candidates.candidate("c", joules=0.5, tps=48.0),
+    ]
+    rows = [dataclasses.replace(c, meets=selection.check_limits(limits, c)) for c in rows]
     with tempfile.TemporaryDirectory() as made:
         candidates.write_report(
             Path(made) / "run",
