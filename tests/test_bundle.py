@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeprune.bundle import chat, manifest
+from edgeprune.bundle import write as writer
 from edgeprune.errors import ConfigError
 from edgeprune.report import build as report_build
 
@@ -858,3 +859,11 @@ def test_one_flipped_byte_in_any_file_of_a_real_bundle(
         assert ran.code == 2 and ran.err.startswith(f"Error: {name}: "), ran.err
         path.write_bytes(before)
     assert run_cli("verify", root).code == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"a": 1}x', "\ufffe"])
+def test_damaged_settings_beside_an_onnx_model_say_nothing(tmp_path: Path, text: str) -> None:
+    for name in ("tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    about = writer._read_folder(tmp_path)
+    assert (about.template, about.eos, about.max_context) == (None, "", None)

@@ -236,6 +236,15 @@ def test_a_bundle_with_such_a_template_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_tokenizer_that_cannot_be_read_is_one_line(chatty: Path, tmp_path: Path) -> None:
+    from edgeprune.recovery import text
+
+    for i, damage in enumerate(([1], {"a": 1}, [{"name": "x", "template": "y"}])):
+        folder = with_template(chatty, tmp_path / f"m{i}", damage)
+        with pytest.raises(ConfigError, match=r"has no tokenizer that can be read|the chat template of"):
+            text.Chat(folder)
+
+
 @pytest.mark.usefixtures("short")
 def test_the_main_job_refuses_such_a_model_at_once(
     run_cli: Callable[..., Any], chatty: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from edgeprune import rundir
+from edgeprune import locate, rundir
 from edgeprune.bundle import chat, manifest
 from edgeprune.costs.gguf_header import read_header
 from edgeprune.errors import ConfigError
@@ -275,10 +275,9 @@ def _read_folder(root: Path) -> _About:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return locate.read_json(path)
+    except ConfigError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _flags(facts: Mapping[str, Any], about: _About) -> LaunchFlags:

@@ -54,7 +54,12 @@ class Chat:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as error:  # any damage has the same remedy
+            raise ConfigError(
+                f"{folder} has no tokenizer that can be read: {error!s:.120}", "is the folder complete?"
+            ) from None
         self.templated = bool(tokenizer.chat_template)
         self._name = str(folder)
         self._jinja: chat_templates.Renderer | None = None
