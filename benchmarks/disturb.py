@@ -76,8 +76,8 @@ new_tokens = 8
 repeats = 2
 """
 RECOVERY = (
-    *("--recovery", "full", "--recovery-mix", "1", "--recovery-tokens", "6144", "--recovery-length", "32"),
-    *("--recovery-samples", "48", "--recovery-rate", "1e-3", "--recovery-checkpoint", "0.2"),
+    *("--recovery", "full", "--recovery-mix", "1", "--recovery-tokens", "24576", "--recovery-length", "32"),
+    *("--recovery-samples", "768", "--recovery-rate", "3e-4", "--recovery-checkpoint", "0.2"),
 )
 SIGNALS = {
     "kill": (signal.SIGKILL, 1, (-9,)),
@@ -132,12 +132,12 @@ def make_model(folder: Path) -> Path:
 
 
 def command(model: Path, profile: Path, *more: str) -> list[str]:
-    """The job, with a limit on the file that the dense model misses and both pruned ones meet."""
+    """The job, with a limit on the file that the dense model misses; training changes much: nothing ties."""
     said = subprocess.run(edgeprune("inspect", str(model), "--format", "json"), capture_output=True, cwd=ROOT)
     rows = json.loads(said.stdout)["gguf"]
     dense = next(row["file_bytes"] for row in rows if row["quantization"] == "Q8_0")
     args = edgeprune("--target", "laptop-cpu", "--budget", "1GB", "--model", str(model))
-    args += ["--profile", str(profile), "--max-file", f"{round(0.95 * dense)}B", "--threads", "1"]
+    args += ["--profile", str(profile), "--max-file", f"{round(0.75 * dense)}B", "--threads", "1"]
     return [*args, "--format", "json", *more]
 
 
