@@ -125,7 +125,8 @@ class Recipe:
     ratios: tuple[float, ...]  # where nothing has to be pruned, what the first of these costs is shown
     max_measured: int
     mixes: bool = False  # types by class of matrix beside the quantizations named
-    compensation: str = "none"  # ridge, bias or none
+    compensation: str = "none"  # ridge, bias or none; of every plan
+    finalists: str = "none"  # ridge or none; of the best pruned plans only, where `compensation` is none
     compensation_samples: int = 64  # windows that the ridge is solved on
     compensation_tokens: int = 256
 

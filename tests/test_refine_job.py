@@ -70,6 +70,39 @@ def test_compensated_candidates_are_verified(
         assert [name for name in made if name.startswith("compensate")] == [f"compensate {pruned[0]['plan']}"]
 
 
+def test_only_finalists_are_solved_anew(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "p.toml"
+    recipe = {"finalists": "ridge", "compensation_samples": 8, "compensation_tokens": 64, "max_measured": 4}
+    profile.write_text(small_profile(quantizations=["Q8_0", "Q4_0"], ratios=[0.1], **recipe))
+    # the dense Q4_0 file has 0.66 MB: below that something has to go, at either type
+    asked = (
+        *("--target", "laptop-cpu", "--budget", "100MB", "--model", model, "--profile", profile),
+        *("--out", tmp_path / "run", "--threads", "1", "--format", "json"),
+    )
+    dense = json.loads(run_cli(*asked, "--max-candidates", "1").out)
+    smallest = min(c["predicted"]["file_bytes"] for c in dense["candidates"] if c["ratio"] == 0)
+    tight = (*asked, "--max-file", f"{smallest - 20_000}B")
+    report = json.loads(run_cli(*tight).out)
+    measured = [c for c in report["candidates"] if c["measured"]]
+    plain = [c for c in measured if not c["plan"].endswith("-ridge")]
+    solved = [c for c in measured if c["plan"].endswith("-ridge")]
+    assert 1 <= len(solved) <= 2 and plain and all(c["ratio"] > 0 for c in measured)
+    pairs = {(c["plan"].removesuffix("-ridge"), c["quantization"]) for c in solved}
+    assert pairs <= {(c["plan"], c["quantization"]) for c in plain}
+    # the best before is among those that were solved anew, and files keep their size
+    best = min(plain, key=lambda c: c["quality"]["kl"])
+    assert (best["plan"], best["quantization"]) in pairs
+    for c in solved:
+        twin = next(p for p in plain if (p["plan"], p["quantization"]) == (c["plan"][:-6], c["quantization"]))
+        assert c["artifact"]["bytes"] == twin["artifact"]["bytes"] == c["predicted"]["file_bytes"]
+        assert c["artifact"]["sha256"] != twin["artifact"]["sha256"]
+    kinds = {row["id"]: row["compensation"] for row in report["plans"]}
+    assert {kinds[c["plan"]] for c in solved} == {"ridge"} and {kinds[c["plan"]] for c in plain} == {"none"}
+    assert report["search"]["measured"] == len(measured)
+    again = json.loads(run_cli(*tight).out)
+    assert again["candidates"] == report["candidates"] and again["selected"] == report["selected"]
+
+
 def test_search_is_refused(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     ran = run_cli(
         *("--target", "laptop-cpu", "--budget", "100MB", "--model", model, "--out", tmp_path / "x"),

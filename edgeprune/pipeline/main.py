@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ from edgeprune.search import BASES, Goal, Rung, SearchSpace, mixes
 _NEEDED = (("transformers", "torch"), ("tokenizers", "torch"), ("gguf", "gguf"), ("llama_cpp", "gguf"))
 
 
+# Solving anew takes away a tenth to a half of what a cut costs: a plan further behind would not win by it
+WORTH_SOLVING = 2.5
 TEXT_SEED_OFFSET = 104_729  # what matrices are solved on is neither calibration nor held-out text
 
 
@@ -106,6 +108,7 @@ class RunOptions:
     min_agreement: float | None = None
     objective: str = "quality"  # quality, speed or size: what the best within the limits is best in
     minutes: float | None = None  # no candidate is begun after so many of measuring
+    grid: tuple[tuple[float, str], ...] = ()  # measure these (ratio, quantization) pairs instead of searching
     label: str | None = None  # of a further target in the same run folder: part of its report's name
 
 
@@ -330,9 +333,9 @@ class _Job:
         refined = recipe.compensation != "none" or any(
             planner.load_allocator(name).curves for name in recipe.allocators
         )
-        solved_on = (recipe.compensation_samples, recipe.compensation_tokens, options.seed + TEXT_SEED_OFFSET)
+        solving = (recipe.compensation_samples, recipe.compensation_tokens, options.seed + TEXT_SEED_OFFSET)
         written = options.calibration is None and options.eval_text is None
-        together = (*wanted, solved_on) if refined else wanted
+        together = (*wanted, solving) if refined else wanted
         tokens = prepare.Tokens(self.folder, self.parent, self.progress, together=together if written else ())
         drawn = [
             tokens.get(options.calibration, n_samples=n, n_tokens=t, seed=seed) for n, t, seed in wanted[:-1]
@@ -357,23 +360,25 @@ class _Job:
         space = dataclasses.replace(
             space, scores=scores, poolable=scores_record.poolable, scores_key=scores_record.key
         )
-        text = None
-        if refined:
-            samples, length, seed = solved_on
-            text = refine.text_for(
+
+        def solved_on() -> refine.Text:
+            samples, length, seed = solving
+            return refine.text_for(
                 *(tokens, self.parent, options.calibration),
                 samples=samples,
                 length=length,
                 seed=seed,
                 trained_on=options.recovery is not None and options.recovery.data == options.calibration,
             )
-            if any(planner.load_allocator(name).curves for name in recipe.allocators):
-                space = refine.with_curves(
-                    *(self.folder, self.parent, space, text),
-                    compensated=recipe.compensation == "ridge",
-                    measures=False,
-                    progress=self.progress,
-                )
+
+        text = solved_on() if refined else None
+        if text is not None and any(planner.load_allocator(name).curves for name in recipe.allocators):
+            space = refine.with_curves(
+                *(self.folder, self.parent, space, text),
+                compensated=recipe.compensation == "ridge",
+                measures=False,
+                progress=self.progress,
+            )
         ladders = self._search_space(space, cost)
         dense = ladders.make(ladders.dense)
         shop = lanes.Workshop(
@@ -398,8 +403,15 @@ class _Job:
         search = self._search(shop, ladders, dense, cost, text)
         self._open_reference(shop, dense)
         results = search.measure()
+        if recipe.finalists != "none" and options.compensation is None and recipe.compensation == "none":
+            close = search.finalists(WORTH_SOLVING)
+            if close:
+                shop.text = text = text or solved_on()
+                made = functools.partial(_solved, recipe.finalists, text.key)
+                search.again(close, made, "solved anew")
         if options.recovery is not None:
-            results = search.train(functools.partial(self._trained, shop))
+            search.again(search.finalists(), functools.partial(self._trained, shop), "after training")
+        results = search.close()
         builds = bench.other_builds([r.bench for r in results if r.bench is not None])
         others = (*self._missed(dense, cost), *(lane for lane, _ in search.unmeasured()))
         left = [lanes.LaneResult(lane=lane) for lane in others]
@@ -535,18 +547,23 @@ class _Job:
             most_kl=None if self.budget.kl is None else self.budget.kl.value,
             least_agreement=None if self.budget.agreement is None else self.budget.agreement.value,
         )
+        first = [lane for lane in (given, *lanes_) if lane is not None and lane.measure]
+        most = options.max_candidates or recipe.max_measured
+        if options.grid:
+            first = _grid(space, options.grid, plan_of)
+            most = len(first)
         described = [self.parent.key, self.target.key, self.budget.key, goal.objective]
-        shapes = [list(recipe.allocators), list(space.quantizations), list(recipe.ratios)]
+        shapes = [list(recipe.allocators), list(space.quantizations), list(recipe.ratios), list(options.grid)]
         return searching.Search(
             run=self.folder,
             shop=shop,
             space=space,
             goal=goal,
-            first=[lane for lane in (given, *lanes_) if lane is not None and lane.measure],
+            first=first,
             compared=recipe.ratios[0] if recipe.ratios else None,
             plan_of=plan_of,
             value_of=functools.partial(self._value_of, shop),
-            most=options.max_candidates or recipe.max_measured,
+            most=most,
             seconds=None if options.minutes is None else 60 * options.minutes,
             key=make_key(
                 "search_log",
@@ -736,6 +753,33 @@ class _Job:
             return arrays[name]
 
         return lambda a, b: quality.paired_difference(per_token(a), per_token(b)).tie
+
+
+def _solved(kind: str, text_key: str, plan: PrunePlan) -> PrunePlan:
+    """The same plan, its weights made up for, under a name that says so."""
+    return dataclasses.replace(refine.compensated_plan(plan, kind, text_key), id=f"{plan.id}-{kind}")
+
+
+def _grid(
+    space: SearchSpace, asked: Sequence[tuple[float, str]], plan_of: Callable[[Rung], PrunePlan]
+) -> list[Lane]:
+    """A lane for every pair that is predicted to fit; a ratio is the weakest rung that removes as much."""
+    out = {}
+    for ratio, quantization in asked:
+        rung = space.dense if ratio == 0 else space.first_rung(quantization, ratio)
+        if rung is None:
+            continue
+        option = space.option(rung, quantization)
+        if option.cost.fits:
+            lane = Lane(
+                plan=plan_of(rung),
+                quantization=quantization,
+                cost=option.cost,
+                measure=True,
+                why="on the grid",
+            )
+            out[lane.id] = lane
+    return list(out.values())
 
 
 def _in_order(results: Sequence[lanes.LaneResult]) -> list[lanes.LaneResult]:

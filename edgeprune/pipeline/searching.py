@@ -17,7 +17,7 @@ from edgeprune.rundir import RunDir
 from edgeprune.search import Goal, Option, Rung, SearchSpace
 
 SHOWN = 24  # options that were not measured, in the report
-FINALISTS = 2  # plans that are trained, where training was asked for
+FINALISTS = 2  # plans that the slow part is done for
 
 USUAL_SLOPE = 0.55  # changed first choices over the root of the KL, as on SmolLM2-135M
 
@@ -84,6 +84,7 @@ class Search:
     log: SearchLog = field(default_factory=lambda: SearchLog(key=""))
     _options: list[Option] = field(default_factory=list)
     _began: float = 0.0
+    _made_of: dict[str, str] = field(default_factory=dict)  # keys of finalists' plans to the plans' before
     _open: PrunePlan | None = None  # the pruned plan whose F16 file is there
 
     # ------------------------------------------------ rounds
@@ -108,7 +109,6 @@ class Search:
                     break
                 self._begin(*proposed, bar)
         self._write(stopped=stopped)
-        self._close()
         return list(self.results.values())
 
     def _comparison(self) -> list[Option]:
@@ -122,7 +122,9 @@ class Search:
         return [option] if option is not None and option.cost.fits else []
 
     def _first_round(self, bar: Stage) -> None:
-        room = self.most - 1 if self.most > 1 and any(o.rung.ratio > 0 for o in self._options) else self.most
+        pruned = any(o.rung.ratio > 0 for o in self._options)
+        missing = pruned and not any(lane.plan.kept for lane in self.first)
+        room = self.most - 1 if missing and self.most > 1 else self.most
         for lane in self.first[:room]:
             if lane.id not in self.results and self._over() is None:
                 self._begin(self._step(lane, None, 1, lane.why), lane, bar)
@@ -198,21 +200,44 @@ class Search:
             )
         return damage.fit(self.space.priors(), seen)
 
-    # ------------------------------------------------ training
+    # ------------------------------------------------ finalists
 
-    def train(self, trained: Callable[[PrunePlan], PrunePlan]) -> list[lanes.LaneResult]:
-        """Every result; the best pruned plans once more, trained, at the types they were best with."""
+    def finalists(self, within: float | None = None) -> list[lanes.LaneResult]:
+        """The best pruned plans that meet the limits, each at the type it is best with.
+
+        With `within`, only those whose value is at most so many times the best of all.
+        """
         ranked = [(v, r) for r in self.results.values() if (v := self.value_of(r)) is not None]
+        ranked.sort(key=lambda pair: (pair[0], pair[1].lane.id))
         best: dict[str, lanes.LaneResult] = {}
-        for _, result in sorted(ranked, key=lambda pair: (pair[0], pair[1].lane.id)):
-            if result.lane.plan.kept:
-                best.setdefault(result.lane.plan.key, result)
-        with self.progress.stage("train the best pruned plans", FINALISTS) as bar:
-            for result in list(best.values())[:FINALISTS]:
-                plan = trained(result.lane.plan)
-                lane = dataclasses.replace(result.lane, plan=plan, why=f"{result.lane.id} after training")
-                self._take(lane, bar)
-            self._close()
+        for value, result in ranked:
+            if result.lane.plan.kept and (within is None or value <= within * ranked[0][0]):
+                key = result.lane.plan.key
+                best.setdefault(self._made_of.get(key, key), result)
+        return list(best.values())[:FINALISTS]
+
+    def again(
+        self, chosen: Sequence[lanes.LaneResult], made: Callable[[PrunePlan], PrunePlan], what: str
+    ) -> list[lanes.LaneResult]:
+        """Every result, with these once more after something was done to the plans' weights."""
+        with self.progress.stage(f"finalists {what}", len(chosen)) as bar:
+            for result in chosen:
+                plan, key = made(result.lane.plan), result.lane.plan.key
+                lane = dataclasses.replace(result.lane, plan=plan, why=f"{result.lane.id} {what}")
+                self._made_of[plan.key] = self._made_of.get(key, key)
+                begun = any(step.id == lane.id for step in self.log.steps)
+                # what an earlier session has begun is not left out because time has passed since
+                if begun:
+                    self._take(lane, bar)
+                elif self._over() != TIME_IS_OVER:
+                    self._begin(self._step(lane, None, self._round() + 1, lane.why), lane, bar)
+        self._write()
+        return list(self.results.values())
+
+    def close(self) -> list[lanes.LaneResult]:
+        """Every result; F16 files that are no candidates go."""
+        for plan in {r.lane.plan.key: r.lane.plan for r in self.results.values()}.values():
+            self._drop(plan)
         return list(self.results.values())
 
     # ------------------------------------------------ one candidate
@@ -285,10 +310,6 @@ class Search:
             r.lane.plan.key == plan.key and r.lane.quantization == "F16" for r in self.results.values()
         )
         self.shop.drop_master(plan, keep=measured)
-
-    def _close(self) -> None:
-        for plan in {r.lane.plan.key: r.lane.plan for r in self.results.values()}.values():
-            self._drop(plan)
 
     # ------------------------------------------------ what is shown
 

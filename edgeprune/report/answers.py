@@ -424,9 +424,11 @@ def _speed_interval(candidate: Row) -> tuple[float, float, str]:
 
 
 def _maybe_better(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | None:
-    """Candidates that were only predicted, and that may beat the selected one: their intervals overlap it."""
+    """Candidates that were only predicted, and that are expected to beat the selected one."""
     half = 1.96 * chosen["quality"]["kl_stderr"]
     limit, objective = report["budget"].get("kl"), _objective(report)
+    # almost every interval reaches below the best of many: what counts is where its middle is
+    end = "kl" if objective == "quality" else "kl_low"
     if objective == "quality":
         most = _kl(chosen) + half
     else:  # no worse than the limit, or without one than the worst that was measured to meet the others
@@ -440,7 +442,7 @@ def _maybe_better(report: Mapping[str, Any], chosen: Row) -> dict[str, Any] | No
             "speed": (predicted["decode_tps"] or 0.0) > (1 + SPEED_NOISE) * _speed(chosen),
             "size": predicted["file_bytes"] < _file(chosen),
         }.get(objective, True)
-        if better and predicted["kl_low"] <= most and _may_fit(report, c):
+        if better and predicted[end] <= most and _may_fit(report, c):
             rivals.append(c)
     if not rivals:
         return None

@@ -1,0 +1,140 @@
+"""The search against measuring a whole grid: what each finds at five budgets, and how long it takes.
+
+    .venv/bin/python benchmarks/search.py --keep runs
+    .venv/bin/python benchmarks/search.py --table          only print the results there are
+
+The grid is 8 shares of the decoder layers times 8 quantizations; at each budget every pair of it that is
+predicted to fit is exported, verified and measured, in one run folder, so that what two budgets share is done
+once. Its time is the sum of the seconds of all stages a budget needs, wherever they were worked out. The
+search has a fresh folder for every budget and is timed from start to end, as a user sees it. Both are judged on
+the same tokens, so the difference between their choices has an error of its own: 'held' says that the search's
+choice is better, or that the 95% interval of the paired difference reaches zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import contextlib
+
+from _common import RESULTS, write_results
+from safetensors.numpy import load_file
+
+import edgeprune
+from edgeprune import quality
+from edgeprune.errors import InfeasibleError
+from edgeprune.progress import Lines
+
+RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+TYPES = (
+    *("Q8_0", "Q5_0", "Q4_K_M", "IQ4_NL", "Q4_0", "Q5_0+embedding=Q5_0"),
+    *("IQ4_XS+embedding=Q5_0", "IQ4_NL+embedding=IQ4_NL"),
+)
+GRID = tuple(itertools.product(RATIOS, TYPES))
+BUDGETS = ("200MB", "160MB", "140MB", "120MB", "100MB")
+
+
+def seconds_of(folder: Path, mark: int) -> float:
+    """Seconds of every stage that the lines of log.jsonl behind `mark` name, as they first took."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    spent = {e["key"]: e["seconds"] for e in lines if e["event"] == "done" and "seconds" in e}
+    return sum(spent.get(key, 0.0) for key in {e["key"] for e in lines[mark:]})
+
+
+def run(budget: str, folder: Path, grid: tuple[tuple[float, str], ...]) -> dict[str, Any]:
+    """One main job: what it chose, how many it measured, its wall time and the arrays behind its choice."""
+    log = folder / "log.jsonl"
+    mark = len(log.read_text().splitlines()) if log.exists() else 0
+    began = time.monotonic()
+    with contextlib.suppress(InfeasibleError):
+        edgeprune.fit(
+            target="laptop-cpu",
+            budget=budget,
+            out=folder,
+            progress=Lines(),
+            **({"grid": grid} if grid else {}),
+        )
+    wall = time.monotonic() - began
+    result = edgeprune.api.read(folder)
+    found = {
+        "measured": sum(c.measured is not None for c in result.candidates),
+        "seconds": round(seconds_of(folder, mark) if grid else wall, 1),
+    }
+    if result.selected is None:
+        return {**found, "selected": None}
+    c = result.selected
+    assert c.quality is not None and c.measured is not None and c.artifact is not None
+    records = [json.loads(p.read_text()) for p in (folder / "records").glob("quality_result-*.json")]
+    judged = next(r for r in records if r["artifact_sha256"] == c.artifact.sha256 and r["kl"] == c.quality.kl)
+    return {
+        **found,
+        "selected": c.id,
+        "kl": c.quality.kl,
+        "kl_stderr": c.quality.kl_stderr,
+        "peak_bytes": c.measured.peak_memory_bytes,
+        "arrays": str(folder / judged["kl_arrays"]),
+        "stopped": (result.report.get("search") or {}).get("stopped"),
+    }
+
+
+def compare(budget: str, place: Path) -> dict[str, Any]:
+    grid = run(budget, place / "grid", GRID)
+    search = run(budget, place / f"search-{budget}", ())
+    row: dict[str, Any] = {"budget": budget, "grid_pairs": len(GRID)}
+    if grid["selected"] and search["selected"]:
+        pair = quality.paired_difference(
+            load_file(search["arrays"])["kl"], load_file(grid["arrays"])["kl"]
+        )  # search - grid
+        row |= {"difference": pair.difference, "low": pair.low, "high": pair.high, "held": pair.low <= 0}
+    else:
+        row["held"] = bool(search["selected"]) or not grid["selected"]
+    for one in (grid, search):
+        one.pop("arrays", None)
+    return {**row, "grid": grid, "search": search, "share": round(search["seconds"] / grid["seconds"], 3)}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print("| budget | grid | measured | s | KL | search | measured | s | KL | difference (95%) | time |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        cells = []
+        for one in (r["grid"], r["search"]):
+            kl = f"{one['kl']:.4f} ± {one['kl_stderr']:.4f}" if one["selected"] else "-"
+            cells += [one["selected"] or "nothing", str(one["measured"]), f"{one['seconds']:.0f}", kl]
+        between = f"{r['difference']:+.4f} ({r['low']:+.4f} to {r['high']:+.4f})" if "low" in r else "-"
+        print(f"| {r['budget']} | {' | '.join(cells)} | {between} | {100 * r['share']:.0f}% |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--budget", action="append", help="may be repeated; default: five")
+    parser.add_argument("--keep", type=Path, help="keep the run folders here, and go on with them")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    stored = RESULTS / "search.json"
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    if args.table:
+        show(rows)
+        return
+    with tempfile.TemporaryDirectory(prefix="edgeprune-search-") as scratch:
+        for budget in args.budget or BUDGETS:
+            row = compare(budget, args.keep or Path(scratch))
+            rows = [r for r in rows if r["budget"] != budget] + [row]
+            rows.sort(key=lambda r: -float(r["budget"].removesuffix("MB")))
+            write_results("search", rows)
+    show(rows)
+    found = [r["search"]["kl"] for r in rows if r["search"]["selected"]]
+    print("quality never falls when the budget grows:", found == sorted(found))
+
+
+if __name__ == "__main__":
+    main()
