@@ -167,7 +167,8 @@ class Workshop:
         """Delete a plan's F16 file and torch logits once its lanes are done."""
         self._logits_path(plan).unlink(missing_ok=True)
         if not keep:
-            for path in (self.run.root / "artifacts").glob(f"{plan.id}-*-F16.gguf"):
+            # eight digits of its key: the files of PLAN-full are another plan's
+            for path in (self.run.root / "artifacts").glob(f"{plan.id}-{'?' * 8}-F16.gguf"):
                 path.unlink(missing_ok=True)
 
     def given(self) -> Artifact:
