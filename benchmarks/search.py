@@ -6,9 +6,9 @@
 The grid is 8 shares of the decoder layers times 8 quantizations; at each budget every pair of it that is
 predicted to fit is exported, verified and measured, in one run folder, so that what two budgets share is done
 once. Its time is the sum of the seconds of all stages a budget needs, wherever they were worked out. The
-search has a fresh folder for every budget and is timed from start to end, as a user sees it. Both are judged on
-the same tokens, so the difference between their choices has an error of its own: 'held' says that the search's
-choice is better, or that the 95% interval of the paired difference reaches zero.
+search has a fresh folder for every budget and is timed from start to end, as a user sees it. Both are judged
+on the same tokens, so the difference between their choices has an error of its own: 'held' says that the
+search's choice is better, or that the 95% interval of the paired difference reaches zero.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -60,7 +61,7 @@ def run(budget: str, folder: Path, grid: tuple[tuple[float, str], ...]) -> dict[
             target="laptop-cpu",
             budget=budget,
             out=folder,
-            progress=Lines(),
+            progress=Lines(sys.stderr),
             **({"grid": grid} if grid else {}),
         )
     wall = time.monotonic() - began

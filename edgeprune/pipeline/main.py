@@ -499,7 +499,7 @@ class _Job:
         recipe, dims = self.profile.recipe, self.parent.graph.dims
         names = list(self.quantizations)
         if recipe.mixes and not self.options.quantizations:
-            names += mixes([q for q in BASES if q not in names])
+            names += [name for name in mixes(BASES) if name not in names]
         plans = {}
         for block in sorted({block_size(name) for name in names}):
             alike = [name for name in names if block_size(name) == block]
