@@ -110,6 +110,48 @@ def calm(place: Path) -> Path:
     return place / "calm"
 
 
+# ---------------------------------------------------------------- the search
+
+
+def test_time_ends_the_search_and_more_time_goes_on(place: Path, calm: Path) -> None:
+    def run(*more: str) -> dict[str, Any]:
+        done = start(command(place, place / "timed", *more))
+        out, err = done.communicate(timeout=300)
+        assert done.returncode == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    short = run("--minutes", "0.0001")
+    assert len(measured(short)) == 1
+    assert short["search"]["stopped"] == "the time for measuring is over"
+    again = run("--minutes", "0.0001")
+    assert again["candidates"] == short["candidates"] and again["selected"] == short["selected"]
+    whole = run()
+    assert [c["id"] for c in measured(whole)] == [c["id"] for c in measured(report_of(calm))]
+    assert whole["search"]["rounds"] == report_of(calm)["search"]["rounds"]
+    assert whole["selected"] == report_of(calm)["selected"]
+
+
+def test_what_is_expected_of_candidates(calm: Path) -> None:
+    report = report_of(calm)
+    found = report["search"]
+    assert found["measured"] == len(measured(report)) == 6
+    assert [r["proposed"] for r in found["rounds"]] == [
+        [f"dense@{q}" for q in ("F16", "Q8_0", "Q5_0", "Q4_0", "IQ4_NL")],
+        ["uniform-11.1@Q8_0"],
+    ]
+    assert found["rounds"][1]["why"].startswith("shows what pruning costs: KL ")
+    guessed = by_id(report, "uniform-11.1@Q8_0")["predicted"]
+    assert 0 < guessed["kl_low"] < guessed["kl"] < guessed["kl_high"]
+    assert by_id(report, "dense@F16")["predicted"]["kl"] is None  # the first round is not predicted
+    terms = found["model"]["terms"]
+    assert set(terms) == {
+        *("embedding", "attention", "ffn", "cache", "activations"),
+        *("cut uniform", "cut uniform squared"),
+    }
+    assert all(t["value"] >= 0 and t["stderr"] > 0 and t["unit"] == "nats/token" for t in terms.values())
+
+
 # ---------------------------------------------------------------- one whole run
 
 
