@@ -110,6 +110,81 @@ def test_inspect_predicts_the_bytes_of_every_file(
         assert (found["parameters"], found["decoder_parameters"]) == (TOTAL, DECODER)
 
 
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a tokenizer of whole words, which GGUF has no name for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tiny_model_with_tokenizer(tmp_path_factory.mktemp("wordy") / "tiny")
+    words = {f"w{i}": i for i in range(299)} | {"<unk>": 299}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+UNTOLD = "tokenizer.json: not a BPE tokenizer and not a unigram one"
+
+
+def test_inspect_without_a_gguf_tokenizer(run_cli: Callable[..., Any], model: Path, wordy: Path) -> None:
+    ran = run_cli("inspect", wordy, "--format", "json")
+    assert (ran.code, ran.err) == (0, "")
+    found, known = json.loads(ran.out), json.loads(run_cli("inspect", model, "--format", "json").out)
+    assert found["gguf"] == [] and len(known["gguf"]) > 5
+    assert found["gguf_refused"] == f"{wordy / UNTOLD}" and known["gguf_refused"] is None
+    other = {"path", "gguf", "gguf_refused"}
+    assert {k: v for k, v in found.items() if k not in other} == {
+        k: v for k, v in known.items() if k not in other
+    }
+    table, whole = run_cli("inspect", wordy).out.splitlines(), run_cli("inspect", model).out.splitlines()
+    end = whole.index("", whole.index("") + 1) + 1  # where the GGUF types begin
+    assert table[1:end] == whole[1:end]
+    assert table[end:] == [
+        f"no GGUF file, so neither its bytes nor the memory it needs can be given: {wordy / UNTOLD}"
+    ]
+
+
+def test_the_line_has_no_control_characters(
+    run_cli: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    plain = json.loads((folder / "tokenizer.json").read_text())
+    plain["normalizer"] = {"type": "\x1b[2J\n"}
+    (folder / "tokenizer.json").write_text(json.dumps(plain))
+    ran = run_cli("inspect", folder)
+    assert ran.code == 0 and "normalizer \\x1b[2J\\n is not" in ran.out and "\x1b" not in ran.out
+
+
+def test_plan_without_a_gguf_tokenizer(
+    run_cli: Callable[..., Any], wordy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ratio needs no file's bytes: it is planned and cut. A budget, a GGUF file and the job do."""
+    scores, plan, out = tmp_path / "s.safetensors", tmp_path / "plan.json", tmp_path / "pruned"
+    assert run_cli("score", wordy, "--metric", "magnitude", "--out", scores).code == 0
+    common = ("plan", wordy, "--scores", scores, "--out", plan)
+    ran = run_cli(*common, "--budget", "200MB", "--quantization", "Q4_0")
+    fails(
+        ran,
+        4,
+        f"memory is predicted for GGUF files, and tiny cannot be one: {wordy / UNTOLD}",
+        hint="give --ratio instead of --budget; prune and export --format onnx take this model",
+    )
+    assert not plan.exists()
+    ran = run_cli(*common, "--ratio", "0.2", "--quantization", "Q4_0")
+    assert ran.code == 0, ran.err
+    made = loads(PrunePlan, plan.read_text())
+    assert 0 < made.ratio <= 0.25 and all(s.n_ff % 32 == 0 for s in made.dims.layers)
+    assert run_cli("prune", wordy, "--plan", plan, "--out", out).code == 0
+    assert count(out) == TOTAL - round(made.ratio * DECODER)
+    ran = run_cli("inspect", out, "--format", "json")
+    assert ran.code == 0 and json.loads(ran.out)["parameters"] == count(out)
+    ran = run_cli("export", out, "--quantization", "F16", "--out", tmp_path / "a.gguf")
+    fails(ran, 4, f"{out / UNTOLD}")
+    monkeypatch.chdir(tmp_path)
+    ran = run_cli("--model", wordy, "--target", "laptop-cpu", "--budget", "200MB", "--out", tmp_path / "run")
+    fails(ran, 4, f"{wordy / UNTOLD}")
+
+
 # ---------------------------------------------------------------- prune
 
 

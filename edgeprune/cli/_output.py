@@ -23,6 +23,11 @@ def format_option(command: F) -> F:
     )(command)
 
 
+def plain(text: str) -> str:
+    """One line without control characters: names come from files, and a terminal obeys what it is sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def echo_json(value: Any) -> None:
     """Print a result as JSON on stdout."""
     click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edgeprune.cli._options import model_argument
-from edgeprune.cli._output import echo_json, echo_pairs, echo_table, format_option
+from edgeprune.cli._output import echo_json, echo_pairs, echo_table, format_option, plain
 from edgeprune.units import format_bytes
 
 _UNITS = {"kv": "KV group", "ffn": "FFN channel"}
@@ -21,6 +21,7 @@ def command(model: str | None, form: str) -> None:
     """Show sizes, prunable units, legal GGUF widths and exact GGUF bytes of a model.
 
     MODEL is a Hugging Face folder or id, or a GGUF file; without it the default model. No weights are read.
+    Where GGUF cannot describe the tokenizer, all but the GGUF bytes is shown.
 
     \b
     Examples:
@@ -70,7 +71,8 @@ def command(model: str | None, form: str) -> None:
     echo_table(("prunable unit", ">units", ">in layers", ">parameters each", ">of decoder"), rows)
     click.echo("")
     if found["gguf_refused"]:
-        click.echo(f"no GGUF export: {found['gguf_refused']}")
+        why = plain(found["gguf_refused"])
+        click.echo(f"no GGUF file, so neither its bytes nor the memory it needs can be given: {why}")
         return
     types = [
         (

@@ -22,6 +22,7 @@ from edgeprune.cli._options import (
     recovery_recipe,
     trim_options,
 )
+from edgeprune.cli._output import plain
 from edgeprune.config.targets import list_targets
 from edgeprune.errors import ConfigError, EdgepruneError, MissingExtraError, StageError
 from edgeprune.units import BYTE_UNITS, parse_bytes
@@ -418,15 +419,10 @@ def _no_memory(error: BaseException | None) -> bool:
 
 def _fail(problems: Sequence[str], hint: str | None, code: int) -> int:
     for problem in problems:
-        click.echo(f"Error: {_plain(problem)}", err=True)
+        click.echo(f"Error: {plain(problem)}", err=True)
     if hint:
-        click.echo(f"Hint: {_plain(hint)}", err=True)
+        click.echo(f"Hint: {plain(hint)}", err=True)
     return code
-
-
-def _plain(text: str) -> str:
-    """One line without control characters: names come from files, and a terminal obeys what it is sent."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _say_stopped(code: int) -> int:

@@ -68,12 +68,20 @@ class ModelHeader:
     tokenizer_kvs: Sequence[KeyValue]
     license_name: str | None
     bytes_by_type: Mapping[str, int] | None  # of a GGUF file
+    untold: UnsupportedModelError | None = None  # why GGUF has no words for the tokenizer
+
+    def gguf_tokenizer(self) -> Sequence[KeyValue]:
+        """Raises UnsupportedModelError where GGUF cannot describe the tokenizer: no file, no file's bytes."""
+        if self.untold is not None:
+            raise self.untold
+        return self.tokenizer_kvs
 
 
 def open_header(model: str | None, *, with_tokenizer: bool = True) -> ModelHeader:
     """Open a folder, a hub id or a GGUF file. Raises ConfigError or UnsupportedModelError.
 
-    Without a tokenizer file bytes cannot be predicted, and its library is not needed.
+    Without a tokenizer file bytes cannot be predicted, and its library is not needed. One that GGUF cannot
+    describe is refused only when it is asked for: the model can still be cut, and exported to ONNX.
     """
     path = locate.resolve_model(model)
     if path.is_file():
@@ -96,15 +104,22 @@ def open_header(model: str | None, *, with_tokenizer: bool = True) -> ModelHeade
     built = graph.build(config)
     tensors = locate.find_tensors(path)
     locate.check_tensors(path, {name: shape for name, (_, shape, _) in tensors.items()}, built)
+    kvs: Sequence[KeyValue] = ()
+    untold = None
+    try:
+        kvs = tokenizer.kvs_from_hf(path) if with_tokenizer else ()
+    except UnsupportedModelError as error:
+        untold = error
     return ModelHeader(
         name=model if model and not Path(model).exists() else path.resolve().name,
         path=path,
         config=config,
         graph=built,
         family=graph.find_family(built.dims.family),
-        tokenizer_kvs=tokenizer.kvs_from_hf(path) if with_tokenizer else (),
+        tokenizer_kvs=kvs,
         license_name=locate.license_of(path),
         bytes_by_type=None,
+        untold=untold,
     )
 
 
@@ -172,7 +187,7 @@ def _files(header: ModelHeader, *, has_imatrix: bool) -> gguf.FileCost:
     return gguf.FileCost(
         header.family,
         header.config,
-        header.tokenizer_kvs,
+        header.gguf_tokenizer(),
         name=header.name,
         license_name=header.license_name,
         has_imatrix=has_imatrix,
@@ -254,10 +269,16 @@ def plan(
 
     Returns the plan and the graph it cuts. Widths are those the quantization's blocks fill, or, without
     one, multiples of `width_multiple`.
-    Raises InfeasibleError when the ratio or the budget cannot be reached, ConfigError for other scores.
+    Raises InfeasibleError when the ratio or the budget cannot be reached, ConfigError for other scores,
+    UnsupportedModelError for a budget when GGUF cannot describe the tokenizer.
     """
     planner.check_allocator(allocator)
     header = open_header(model, with_tokenizer=budget_bytes is not None)
+    if header.untold is not None:
+        raise UnsupportedModelError(
+            f"memory is predicted for GGUF files, and {header.name} cannot be one: {header.untold.message}",
+            "give --ratio instead of --budget; prune and export --format onnx take this model",
+        )
     record, arrays = load_scores(scores)
     header = dataclasses.replace(header, graph=graph.like(header.graph, arrays))
     _check_scores(header, scores, record, arrays)
@@ -325,7 +346,7 @@ def _memory_cost(header: ModelHeader, target: str, budget_bytes: int, context: i
         ),
         workload=Workload(prompt_tokens=context, new_tokens=0, context_tokens=context),
         speed=None,
-        tokenizer=costing.tokenizer_kind(header.tokenizer_kvs),
+        tokenizer=costing.tokenizer_kind(header.gguf_tokenizer()),
     )
 
 
