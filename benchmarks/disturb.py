@@ -181,7 +181,7 @@ def kept(folder: Path) -> dict[str, str]:
     """Finished records and their contents' hash; of what the search has taken up, the candidates in order."""
     found = {}
     for path in (folder / "records").glob("*.json"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged on purpose, now and then
             found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
             if path.name.startswith("search_log-"):  # grows by design: what is there must stay
                 found[path.name] = "".join(
