@@ -20,7 +20,7 @@ pytest.importorskip("llama_cpp")
 
 import torch
 from builders import logits, tiny_model_with_tokenizer
-from candidates import budget, candidate, write_report
+from candidates import budget, candidate, small_profile, write_report
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
@@ -144,9 +144,7 @@ def test_inspect_without_a_gguf_tokenizer(run_cli: Callable[..., Any], model: Pa
     ]
 
 
-def test_the_line_has_no_control_characters(
-    run_cli: Callable[..., Any], model: Path, tmp_path: Path
-) -> None:
+def test_the_line_has_no_control_characters(run_cli: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "m"))
     plain = json.loads((folder / "tokenizer.json").read_text())
     plain["normalizer"] = {"type": "\x1b[2J\n"}
@@ -155,9 +153,7 @@ def test_the_line_has_no_control_characters(
     assert ran.code == 0 and "normalizer \\x1b[2J\\n is not" in ran.out and "\x1b" not in ran.out
 
 
-def test_plan_without_a_gguf_tokenizer(
-    run_cli: Callable[..., Any], wordy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_without_a_gguf_tokenizer(run_cli: Callable[..., Any], wordy: Path, tmp_path: Path) -> None:
     """A ratio needs no file's bytes: it is planned and cut. A budget, a GGUF file and the job do."""
     scores, plan, out = tmp_path / "s.safetensors", tmp_path / "plan.json", tmp_path / "pruned"
     assert run_cli("score", wordy, "--metric", "magnitude", "--out", scores).code == 0
@@ -180,8 +176,10 @@ def test_plan_without_a_gguf_tokenizer(
     assert ran.code == 0 and json.loads(ran.out)["parameters"] == count(out)
     ran = run_cli("export", out, "--quantization", "F16", "--out", tmp_path / "a.gguf")
     fails(ran, 4, f"{out / UNTOLD}")
-    monkeypatch.chdir(tmp_path)
-    ran = run_cli("--model", wordy, "--target", "laptop-cpu", "--budget", "200MB", "--out", tmp_path / "run")
+    profile = tmp_path / "seconds.toml"
+    profile.write_text(small_profile())
+    job = ("--model", wordy, "--target", "laptop-cpu", "--budget", "200MB", "--profile", profile)
+    ran = run_cli(*job, "--out", tmp_path / "run")
     fails(ran, 4, f"{wordy / UNTOLD}")
 
 
