@@ -13,8 +13,8 @@ from edgeprune import damage, graph, search
 from edgeprune.costs import gguf_types
 from edgeprune.errors import ConfigError
 from edgeprune.exporters import gguf
-from edgeprune.planner import Cost, PlanSpace
-from edgeprune.records import Constraints, ModelDims, UnitRule
+from edgeprune.planner import Cost, Lane, PlanSpace
+from edgeprune.records import Constraints, ModelDims, QualityResult, UnitRule
 from edgeprune.search import Goal, Option, SearchSpace
 
 LLAMA = graph.find_family("llama")
@@ -209,3 +209,85 @@ def test_speed_below_a_floor_of_quality() -> None:
     assert taken.gain == pytest.approx(
         taken.predicted.below(0.2) * (best - 1 / taken.option.cost.decode_tps) / best  # type: ignore[operator]
     )
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def search_of(field: SearchSpace, goal: Goal, **over: Any) -> Any:
+    """A search whose lanes are never run: only what it makes of results is asked."""
+    pytest.importorskip("torch")
+    from edgeprune.pipeline import searching
+    from edgeprune.progress import Silent
+
+    given: dict[str, Any] = {
+        **dict.fromkeys(("run", "shop", "compared", "seconds")),
+        "space": field,
+        "goal": goal,
+        "first": (),
+        "plan_of": field.make,
+        "value_of": lambda result: None if result.quality is None else result.quality.kl,
+        "most": 9,
+        "key": "search",
+        "progress": Silent(),
+        **over,
+    }
+    return searching.Search(**given)
+
+
+def judged(field: SearchSpace, rung: search.Rung, kl: float, agreement: float) -> Any:
+    from edgeprune.pipeline.lane import LaneResult
+
+    option = field.option(rung, "Q8_0")
+    lane = Lane(
+        plan=field.make(rung), quantization=option.quantization, cost=option.cost, measure=True, why=""
+    )
+    quality = QualityResult(
+        artifact_sha256="",
+        text="",
+        tokens=100,
+        kl=kl,
+        kl_stderr=0.01,
+        perplexity=10.0,
+        perplexity_stderr=0.1,
+        agreement=agreement,
+        dense_perplexity=9.0,
+        kl_arrays="",
+        key="",
+    )
+    return LaneResult(lane=lane, quality=quality)
+
+
+def test_a_floor_of_agreement_becomes_one_of_kl() -> None:
+    field = field_of(1e9)
+    rungs = field.ladder("uniform", 32)
+    made = search_of(field, Goal(objective="size", least_agreement=0.9))
+    # nothing measured: 1 - agreement is taken to be 0.55 times the root of the KL
+    assert made._goal().most_kl == pytest.approx((0.1 / 0.55) ** 2)
+    for rung, kl, agreement in zip(rungs, (0.04, 0.16, 0.25), (0.92, 0.80, 0.65), strict=False):
+        result = judged(field, rung, kl, agreement)
+        made.results[result.lane.id] = result
+    # slopes 0.4, 0.5 and 0.7: the middle one counts
+    assert made._goal().most_kl == pytest.approx((0.1 / 0.5) ** 2)
+    made.goal = dataclasses.replace(made.goal, most_kl=0.01)
+    assert made._goal().most_kl == 0.01
+
+
+def test_finalists_are_the_best_two_plans_within_reach() -> None:
+    field = field_of(1e9)
+    rungs = field.ladder("uniform", 32)
+    made = search_of(field, Goal(objective="quality"))
+    for rung, kl in [(field.dense, 0.1), *zip(rungs, (0.2, 0.24, 0.3), strict=False)]:
+        result = judged(field, rung, kl, 0.9)
+        made.results[result.lane.id] = result
+    assert [r.lane.plan.id for r in made.finalists()] == [rungs[0].id, rungs[1].id]
+    assert [r.lane.plan.id for r in made.finalists(2.5)] == [rungs[0].id, rungs[1].id]
+    assert [r.lane.plan.id for r in made.finalists(2.1)] == [rungs[0].id]
+    assert made.finalists(1.5) == []
+    # what was made of a plan stands for that plan
+    better = judged(field, rungs[0], 0.15, 0.9)
+    plan = dataclasses.replace(better.lane.plan, id="better", key="better")
+    better = dataclasses.replace(better, lane=dataclasses.replace(better.lane, plan=plan))
+    made.results[better.lane.id] = better
+    made._made_of["better"] = field.make(rungs[0]).key
+    assert [r.lane.plan.id for r in made.finalists()] == ["better", rungs[1].id]
