@@ -110,6 +110,7 @@ def command(
       edgeprune prune ./my-model --plan plan.json --out pruned
       edgeprune prune ./my-model --ratio 0.2 --recovery full --recovery-minutes 10 --out pruned
       edgeprune prune ./my-model --ratio 0 --trim-vocab languages:en,de --out trimmed
+      edgeprune prune ./my-model --ratio 0.2 --trim-vocab text.txt --recovery full --out small
     """
     if (ratio is None) == (plan_file is None):
         raise ConfigError("give either --ratio or --plan", "--ratio 0.2, or --plan plan.json")
@@ -123,11 +124,6 @@ def command(
     from edgeprune.progress import Progress
 
     recipe = recovery_recipe(asked, seed=seed, text=calibration)
-    if recipe is not None and trim_vocab:
-        raise ConfigError(
-            "--recovery compares with the dense parent, whose vocabulary is not trimmed",
-            "trim first, then prune the trimmed model with --recovery",
-        )
 
     def cut(folder: Path, progress: Progress) -> dict[str, Any]:
         """Prune into a folder; returns what is printed of it."""

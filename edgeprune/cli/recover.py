@@ -34,6 +34,7 @@ from edgeprune.errors import ConfigError
 def command(pruned: Path, parent: str | None, seed: int, out: Path, form: str, **asked: object) -> None:
     """Train the pruned model in DIR for a short while, so that it answers as its dense parent does.
 
+    Where 'prune --trim-vocab' made DIR, the parent answers with the tokens that DIR has left.
     Killed, it goes on where it was when it is started again. With accelerate it trains on several processes.
 
     \b

@@ -27,7 +27,7 @@ class Parent:
 
     name: str
     folder: Path
-    source: checkpoint.SafetensorsSource
+    source: checkpoint.Source
     graph: ModelGraph
     family: Family
     tokenizer_kvs: Sequence[KeyValue]

@@ -21,6 +21,7 @@ import edgeprune
 from edgeprune import checkpoint, data, rundir, surgery, tokenizer
 from edgeprune import graph as graphs
 from edgeprune.errors import ConfigError
+from edgeprune.pipeline import trimming
 from edgeprune.pipeline.parent import Parent, open_folder, open_parent
 from edgeprune.progress import Progress
 from edgeprune.records import (
@@ -107,7 +108,8 @@ def _written(
             spent += float(kept["seconds"])
         else:
             if model is None:
-                model = surgery.load(parent.folder, dtype=torch.bfloat16 if half else torch.float32)
+                dtype = torch.bfloat16 if half else torch.float32
+                model = checkpoint.assemble(parent.source, parent.graph.dims, dtype=dtype)
             seed = recipe.seed + TEXT_SEED_OFFSET + 1009 * index
             new = data.sample_from_model(
                 model, n_samples=count, n_tokens=length, seed=seed, progress=progress
@@ -299,6 +301,7 @@ def recover(
 ) -> RecoveryResult:
     """Recover the pruned model in `folder` against its dense parent; `out` becomes a folder like it.
 
+    Where tokens left the pruned model, its parent has only those that stay, too.
     A killed call goes on where it was when it is made again: its work lies in OUT.recovery until then.
     Raises ConfigError when the two models do not belong together.
     """
@@ -310,6 +313,8 @@ def recover(
         with processes.main_process_first():
             parent = open_parent(parent_model, run)
         pruned = open_folder(folder)
+        # teacher, text and student must speak of the same tokens
+        parent = trimming.like(parent, pruned)
         check_pair(parent, pruned)
         result, source = recovered(
             run, parent, pruned.graph.dims, pruned.source, pruned.key, recipe, progress

@@ -18,7 +18,7 @@ from edgeprune.errors import ConfigError
 from edgeprune.families.base import Family
 from edgeprune.pipeline.parent import Parent
 from edgeprune.progress import Progress
-from edgeprune.records import ModelDims, VocabTrimming, dumps, make_key
+from edgeprune.records import ModelDims, VocabTrimming, dumps, loads, make_key
 from edgeprune.units import format_bytes
 
 RECORD_FILE = "edgeprune_vocab.json"
@@ -122,6 +122,54 @@ def trim(run: rundir.RunDir, parent: Parent, asked: Trim, progress: Progress) ->
         vocabulary=record,
         key=make_key("parent", "trimmed", key),
     )
+
+
+def like(parent: Parent, pruned: Parent) -> Parent:
+    """The parent with only the tokens that the pruned model has left, as its record says; no file is written.
+
+    Itself where nothing left or another model was trimmed. Tokenizer files are the pruned model's own.
+    Raises ConfigError for a record that does not fit the two models.
+    """
+    path, before = pruned.folder / RECORD_FILE, parent.graph.dims.vocab
+    if pruned.graph.dims.vocab == before or not path.is_file():
+        return parent
+    record = loads(VocabTrimming, locate.read_text(path), where=str(path))
+    if record.rows_before != before:
+        return parent
+    kept = vocabulary.read_runs(record.kept)
+    fits = len(kept) == record.rows_after == pruned.graph.dims.vocab and list(kept) == sorted(set(kept))
+    if not fits or kept[-1] >= before or not _same_tokens(parent, pruned, kept):
+        raise ConfigError(
+            f"{path} does not say which tokens of {parent.name} those of {pruned.name} are",
+            "give the model it was pruned from with --parent",
+        )
+    source = TrimmedSource(parent.source, parent.family, parent.graph.dims, kept)
+    return dataclasses.replace(
+        parent,
+        folder=pruned.folder,
+        source=source,
+        graph=graphs.build(source.config),
+        tokenizer_kvs=pruned.gguf_tokenizer(),
+        given=None,
+        given_quantization=None,
+        vocabulary=record,
+        key=make_key("parent", "trimmed", parent.key, record.kept),
+    )
+
+
+def _same_tokens(parent: Parent, pruned: Parent, kept: Sequence[int]) -> bool:
+    """Row i of the pruned model is the parent's token `kept[i]`; rows that only fill up have no name."""
+
+    def rows(model: Parent) -> list[tuple[Any, bool]]:
+        values = {kv.key.removeprefix("tokenizer.ggml."): kv.value for kv in model.gguf_tokenizer()}
+        tokens = values.get("tokens") or ()
+        kinds = values.get("token_type") or [tokenizer.NORMAL] * len(tokens)
+        return [(t, k != tokenizer.UNUSED) for t, k in zip(tokens, kinds, strict=True)]
+
+    whole, left = rows(parent), rows(pruned)
+    if len(left) != len(kept) or len(whole) <= kept[-1]:
+        return False
+    return all(a == b or not (a[1] and b[1]) for a, b in zip((whole[i] for i in kept), left, strict=True))
 
 
 def _write(
