@@ -42,6 +42,7 @@ from edgeprune.config import budget, profiles, targets
 from edgeprune.costs.gguf_header import read_header
 from edgeprune.devices import _agent, _answers, _session
 from edgeprune.errors import EdgepruneError
+from edgeprune.tokenizer import sentencepiece_file
 from edgeprune.units import parse_bytes
 
 SLOW_S = 1.0
@@ -380,7 +381,7 @@ def read_suite(raw: bytes, folder: Path) -> None:
 
 def read_sentencepiece(raw: bytes, folder: Path) -> None:
     """Our own walk over the protobuf of tokenizer.model; what is a BPE is opened by the library."""
-    tokenizer._sentencepiece_kind(at(folder, "tokenizer.model", raw))
+    sentencepiece_file.model_type(at(folder, "tokenizer.model", raw))
 
 
 def read_template(raw: bytes, folder: Path) -> None:

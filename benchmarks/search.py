@@ -41,7 +41,7 @@ TYPES = (
     *("IQ4_XS+embedding=Q5_0", "IQ4_NL+embedding=IQ4_NL"),
 )
 GRID = tuple(itertools.product(RATIOS, TYPES))
-BUDGETS = ("200MB", "160MB", "140MB", "120MB", "100MB")
+BUDGETS = ("200MB", "140MB", "125MB", "115MB", "105MB")
 
 
 def seconds_of(folder: Path, mark: int) -> float:
