@@ -630,6 +630,26 @@ TOKENIZER: dict[str, Case] = {
         4,
         "no GGUF name is known for this pre-tokenizer",
     ),
+    "a post-processor that knows none of its tokens": (
+        tok(
+            lambda t: t.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                    "pair": [
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                        {"Sequence": {"id": "B", "type_id": 1}},
+                    ],
+                    "special_tokens": {},
+                }
+            )
+        ),
+        2,
+        r"tokenizer\.json: no entry found for key",
+    ),
     "another kind": (exported(lambda t: t["model"].update(type="WordLevel")), 4, "not a BPE tokenizer"),
     "a model that is a list": (exported(lambda t: t.update(model=[])), 4, "not a BPE tokenizer"),
     "settings that are a list": (

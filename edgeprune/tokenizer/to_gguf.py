@@ -12,7 +12,7 @@ from edgeprune.errors import ConfigError, UnsupportedModelError
 from edgeprune.families.base import text_config
 from edgeprune.tokenizer import byte_level, sentencepiece, sentencepiece_file, unigram
 from edgeprune.tokenizer.base import SPECIAL_IDS, UNKNOWN
-from edgeprune.tokenizer.use import load
+from edgeprune.tokenizer.use import ids_of
 
 
 def kvs_from_hf(folder: str | Path) -> list[KeyValue]:
@@ -109,7 +109,7 @@ def _wrapping(root: Path, found: Mapping[str, int]) -> tuple[bool, bool]:
     path = root / "tokenizer.json"
     if not path.is_file():
         return True, False
-    ids = load(path).encode("a").ids
+    ids = ids_of(path, "a", add_special=True)
     return bool(ids) and ids[0] == found.get("bos"), len(ids) > 1 and ids[-1] == found.get("eos")
 
 
