@@ -2,6 +2,8 @@
 
     .venv/bin/python benchmarks/search.py --keep runs
     .venv/bin/python benchmarks/search.py --table          only print the results there are
+    .venv/bin/python benchmarks/search.py --keep runs --points     files of the grid: bytes and KL
+    .venv/bin/python benchmarks/search.py --figure docs/curve.svg  the same, drawn
 
 The grid is 8 shares of the decoder layers times 8 quantizations; at each budget every pair of it that is
 predicted to fit is exported, verified and measured, in one run folder, so that what two budgets share is done
@@ -17,6 +19,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -103,6 +106,83 @@ def compare(budget: str, place: Path) -> dict[str, Any]:
     return {**row, "grid": grid, "search": search, "share": round(search["seconds"] / grid["seconds"], 3)}
 
 
+def points(folder: Path) -> list[dict[str, Any]]:
+    """Every file of the grid: what was cut, its type, bytes and KL with an F16 cache (the lowest it has)."""
+    records = [json.loads(p.read_text()) for p in (folder / "records").glob("*.json")]
+    best: dict[str, dict[str, Any]] = {}
+    for r in records:
+        if r.get("kind") == "quality_result":
+            other = best.get(r["artifact_sha256"])
+            best[r["artifact_sha256"]] = r if other is None or r["kl"] < other["kl"] else other
+    out = []
+    for r in records:
+        found = re.fullmatch(r"artifacts/(.+)-[0-9a-f]{8}-(.+)\.gguf", r.get("path", ""))
+        if found and r.get("sha256") in best:
+            judged = best[r["sha256"]]
+            out.append(
+                {
+                    "plan": found[1],
+                    "quantization": found[2],
+                    "bytes": r["bytes"],
+                    "kl": judged["kl"],
+                    "kl_stderr": judged["kl_stderr"],
+                }
+            )
+    return sorted(out, key=lambda p: (p["plan"] != "dense", p["bytes"]))
+
+
+def frontier(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that no smaller file beats."""
+    out: list[dict[str, Any]] = []
+    for p in sorted(found, key=lambda p: (p["bytes"], p["kl"])):
+        if not out or p["kl"] < out[-1]["kl"]:
+            out.append(p)
+    return out
+
+
+def figure(found: list[dict[str, Any]], out: Path) -> None:
+    import vl_convert
+
+    names = {True: "quantized only", False: "pruned and quantized"}
+    series = {names[d]: [p for p in found if (p["plan"] == "dense") is d] for d in (True, False)}
+
+    def values(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+        return [{"MB": p["bytes"] / 1e6, "KL": p["kl"], "how": name} for p in rows]
+
+    x = {"field": "MB", "type": "quantitative", "scale": {"zero": False}, "title": "file, MB"}
+    y = {
+        "field": "KL",
+        "type": "quantitative",
+        "scale": {"type": "log", "domainMin": 0.004},
+        "axis": {"values": [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]},
+        "title": "KL to the dense model, nats/token",
+    }
+    color = {
+        "field": "how",
+        "sort": list(names.values()),
+        "scale": {"range": ["#2f55b8", "#9a6b00"]},
+        "legend": {"title": None, "orient": "top", "columnPadding": 28},
+    }
+    encoding = {"x": x, "y": y, "color": color}
+    dots = [v for name, rows in series.items() for v in values(rows, name)]
+    best = [v for name, rows in series.items() for v in values(frontier(rows), name)]
+    spec = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "width": 560,
+        "height": 320,
+        "background": "white",
+        "layer": [
+            {"data": {"values": best}, "mark": {"type": "line", "strokeWidth": 2}, "encoding": encoding},
+            {
+                "data": {"values": dots},
+                "mark": {"type": "point", "filled": True, "size": 40},
+                "encoding": encoding,
+            },
+        ],
+    }
+    out.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     print("| budget | grid | measured | s | KL | search | measured | s | KL | difference (95%) | time |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
@@ -120,11 +200,19 @@ def main() -> None:
     parser.add_argument("--budget", action="append", help="may be repeated; default: five")
     parser.add_argument("--keep", type=Path, help="keep the run folders here, and go on with them")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--points", action="store_true", help="write benchmarks/results/curve.json")
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="draw benchmarks/results/curve.json")
     args = parser.parse_args()
     stored = RESULTS / "search.json"
     rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
     if args.table:
         show(rows)
+        return
+    if args.points:
+        write_results("curve", points(args.keep / "grid"))
+        return
+    if args.figure:
+        figure(json.loads((RESULTS / "curve.json").read_text())["rows"], args.figure)
         return
     with tempfile.TemporaryDirectory(prefix="edgeprune-search-") as scratch:
         for budget in args.budget or BUDGETS:

@@ -110,6 +110,30 @@ def test_a_second_target_added_to_a_finished_run(run_cli: Callable[..., Any], pl
 
 
 @pytest.mark.slow
+def test_a_second_target_repeats_no_recovery(run_cli: Callable[..., Any], place: Path) -> None:
+    training = ("--recovery", "full", "--recovery-tokens", "2048", "--recovery-length", "32")
+    training += ("--recovery-batch", "4", "--recovery-samples", "24", "--out", str(place / "trained"))
+    ran = run_cli(*command(place, "laptop-cpu", more=training))
+    assert ran.code == 0, ran.err
+    log = place / "trained" / "log.jsonl"
+    was = len(log.read_text().splitlines())
+    ran = run_cli(*command(place, "laptop-cpu", PI, more=training))
+    assert ran.code == 0, ran.err
+    both = [json.loads(line) for line in log.read_text().splitlines()]
+    trained = [e["event"] for e in both[:was] if e["stage"] == "recover full"]
+    assert trained == ["start", "done"]
+    again = [e["event"] for e in both[was:] if e["stage"] == "recover full"]
+    assert set(again) <= {"skip"}
+    first, second = (
+        json.loads((place / "trained" / name).read_text()) for name in ("report.json", f"report-{PI}.json")
+    )
+    (name,) = first["recoveries"]
+    assert name.endswith("-full") and first["recoveries"] == second["recoveries"]
+    rows = [next(c for c in r["candidates"] if c["plan"] == name) for r in (first, second)]
+    assert rows[0]["artifact"] == rows[1]["artifact"] and rows[0]["quality"] == rows[1]["quality"]
+
+
+@pytest.mark.slow
 def test_one_target_without_an_answer_leaves_the_others_theirs(
     run_cli: Callable[..., Any], place: Path
 ) -> None:
