@@ -31,7 +31,7 @@ from edgeprune import checkpoint, records, rundir, tokenizer, vocabulary
 from edgeprune.errors import ConfigError
 from edgeprune.pipeline import recovering, trimming
 from edgeprune.pipeline.parent import Parent, open_folder
-from edgeprune.progress import Silent
+from edgeprune.progress import Progress, Silent
 from edgeprune.records import VocabTrimming
 from edgeprune.recovery.recipe import RecoveryRecipe
 
@@ -235,6 +235,33 @@ def test_a_parent_of_other_size_is_refused(
     assert ran.code == 2 and f"has {len(kept_of(small))} tokens and its parent other 700" in ran.err
 
 
+def test_another_text_of_the_same_name_is_cut_anew(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed command had pruned is taken up only when its texts are still the same."""
+    words = Path(shutil.copyfile(text, tmp_path / "words.txt"))
+    cuts = []
+
+    def cut(folder: Path, _: Progress) -> dict[str, Any]:
+        cuts.append(words.read_text())
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+        return {}
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recovering, "recover", killed)
+    asked = {"model": model, "calibration": None, "trim_vocab": (str(words),)}
+    recipe = RecoveryRecipe(method="full", tokens=64)
+    for content in ("a fox", "a fox", "a dog"):
+        words.write_text(content)
+        with pytest.raises(KeyboardInterrupt):
+            recovering.prune_and_recover(
+                str(model), tmp_path / "out", cut=cut, asked=asked, recipe=recipe, progress=Silent()
+            )
+    assert cuts == ["a fox", "a dog"]
+
+
 # ---------------------------------------------------------------- killed
 
 
@@ -255,7 +282,7 @@ def test_killed_while_training_it_goes_on(
     run_cli: Callable[..., Any], model: Path, text: Path, tmp_path: Path
 ) -> None:
     def asked(out: Path) -> tuple[Any, ...]:
-        more = ("--recovery-tokens", "32768", "--recovery-checkpoint", "0", "--out", out, "--format", "json")
+        more = ("--recovery-tokens", "8192", "--recovery-checkpoint", "0", "--out", out, "--format", "json")
         return (*command(model, text), *RECIPE, *more)
 
     out = tmp_path / "killed"

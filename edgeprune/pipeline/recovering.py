@@ -348,7 +348,12 @@ def prune_and_recover(
             "prune runs on one process", "prune first, then start 'edgeprune recover' on several"
         )
     staged = out.with_name(out.name + ".pruned")
-    key = make_key("staged", {k: str(v) for k, v in asked.items() if k != "form"}, edgeprune.__version__)
+    plain = {k: str(v) for k, v in asked.items() if k != "form"}
+    # texts count by what is in them
+    named = [asked.get("calibration"), asked.get("plan_file"), *asked.get("trim_vocab", ())]
+    files = [Path(n).expanduser() for n in named if n is not None]
+    contents = [rundir.sha256_file(f) for f in files if f.is_file()]
+    key = make_key("staged", plain, contents, edgeprune.__version__)
     facts = staged / "edgeprune_staged.json"
     said = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
     if said.get("key") != key:
