@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MISFIT = 0.25  # what the sum of the terms leaves out, of the value
+MISFIT = 0.25  # what the sum of the terms leaves out, of the value, before anything was measured
+MISFIT_WEIGHT = 2.0  # measurements that this counts as
 FLOOR = 1e-3  # nats/token
 BAND = 1.2816  # standard errors on either side of an 80% interval
 ROUNDS = 4  # the noise depends on the fit
@@ -70,8 +71,9 @@ class Estimate:
 class Model:
     """What is known of the terms after some measurements."""
 
-    def __init__(self, terms: Sequence[Term], covariance: np.ndarray) -> None:
+    def __init__(self, terms: Sequence[Term], covariance: np.ndarray, misfit: float = MISFIT) -> None:
         self.terms = tuple(terms)
+        self.misfit = misfit
         self._values = np.array([term.value for term in self.terms])
         self._covariance = covariance  # [n_terms, n_terms]
 
@@ -79,7 +81,7 @@ class Model:
         """A candidate's KL; features that no term has count nothing."""
         row = _row(self.terms, features)
         kl = max(float(row @ self._values), 0.0)
-        error = float(np.sqrt(row @ self._covariance @ row + (MISFIT * kl) ** 2 + FLOOR**2))
+        error = float(np.sqrt(row @ self._covariance @ row + (self.misfit * kl) ** 2 + FLOOR**2))
         return Estimate(kl=kl, spread=float(np.sqrt(np.log1p((error / max(kl, FLOOR)) ** 2))))
 
 
@@ -87,7 +89,8 @@ def fit(priors: Sequence[Term], seen: Sequence[Seen]) -> Model:
     """The terms given what was measured; none falls below zero, for nothing that is given up adds quality.
 
     Prior and noise are Gaussian, the noise's deviation in proportion to the predicted value, so that a
-    candidate that is nearly dense says as much about its terms as one that is badly hurt.
+    candidate that is nearly dense says as much about its terms as one that is badly hurt. How large it is
+    comes from what the fit leaves over: candidates that are alike leave less than the first guess.
     """
     means = np.array([term.value for term in priors])
     precision = 1 / np.array([term.stderr for term in priors]) ** 2
@@ -96,16 +99,21 @@ def fit(priors: Sequence[Term], seen: Sequence[Seen]) -> Model:
     stderr = np.array([one.stderr for one in seen])
     values, covariance = means.copy(), np.diag(1 / precision)
     # the first guess of the noise is the measurement itself: a prior far off must not drown it
-    expected = kl
+    expected, misfit = kl, MISFIT
     for _ in range(ROUNDS):
-        weights = 1 / ((MISFIT * expected) ** 2 + stderr**2 + FLOOR**2)
+        weights = 1 / ((misfit * expected) ** 2 + stderr**2 + FLOOR**2)
         values, covariance = _solve(means, precision, rows, kl, weights)
-        expected = (np.maximum(rows @ values, 0.0) + kl) / 2
+        fitted = np.maximum(rows @ values, 0.0)
+        expected = (fitted + kl) / 2
+        left = float((((kl - fitted) / np.maximum(expected, FLOOR)) ** 2).sum())
+        spent = float((weights * np.einsum("ij,jk,ik->i", rows, covariance, rows)).sum())
+        free = max(0.0, len(seen) - spent)
+        misfit = float(np.sqrt((MISFIT_WEIGHT * MISFIT**2 + left) / (MISFIT_WEIGHT + free)))
     terms = [
         Term(name=term.name, value=float(v), stderr=float(s))
         for term, v, s in zip(priors, values, np.sqrt(np.diag(covariance)), strict=True)
     ]
-    return Model(terms, covariance)
+    return Model(terms, covariance, misfit)
 
 
 def _solve(

@@ -22,7 +22,7 @@ from edgeprune.records import ModelDims, PrunePlan
 
 RUNGS = 64  # of a ladder, before those with equal widths go
 STRONGER = 12  # rungs beyond the one that just fits, where less is wanted than the limits allow
-ENOUGH = 0.01  # expected gain, of the best so far, below which the search ends
+ENOUGH = 0.02  # expected gain, of the best so far, below which the search ends
 DENSE = "dense"
 
 # what a mix may give to the embedding and to attention, beside what its base does

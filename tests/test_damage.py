@@ -31,11 +31,14 @@ def test_one_measurement_by_hand() -> None:
     # kl = 4 at a feature of 1; the noise is that of the mean of fit and measurement
     model = damage.fit(ONE, [Seen(features={"a": 1.0}, kl=4.0, stderr=0.0)])
     value = model.terms[0].value
-    before = 4.0
+    before, misfit = 4.0, 0.25
     for _ in range(damage.ROUNDS):
-        weight = 1 / ((0.25 * before) ** 2 + 0.001**2)
+        weight = 1 / ((misfit * before) ** 2 + 0.001**2)
         by_hand = (2.0 + weight * 4.0) / (1 + weight)
         before = (by_hand + 4.0) / 2
+        # one measurement, of which the term has taken up weight / (1 + weight)
+        misfit = math.sqrt((2 * 0.25**2 + ((4.0 - by_hand) / before) ** 2) / (2 + 1 / (1 + weight)))
+    assert model.misfit == pytest.approx(misfit)
     assert value == pytest.approx(by_hand)
     assert model.terms[0].stderr == pytest.approx((1 + weight) ** -0.5)
     assert 2.0 < value < 4.0
@@ -55,6 +58,26 @@ def test_terms_are_found_again() -> None:
         assert abs(term.value - truth[term.name]) < 3 * term.stderr
         assert term.stderr < 2.5
     assert model.terms[0].value == pytest.approx(30.0, rel=0.1)
+
+
+def test_what_fits_well_leaves_less_over() -> None:
+    rng = np.random.default_rng(2)
+    priors = [Term(name=n, value=10.0, stderr=20.0) for n in "ab"]
+
+    def drawn(noise: float) -> damage.Model:
+        seen = []
+        for _ in range(12):
+            features = {n: float(rng.uniform(0.5, 1)) for n in "ab"}
+            kl = 20 * features["a"] + 5 * features["b"]
+            seen.append(
+                Seen(features=features, kl=kl * float(np.exp(noise * rng.standard_normal())), stderr=0.0)
+            )
+        return damage.fit(priors, seen)
+
+    assert damage.fit(priors, []).misfit == 0.25
+    # two measurements' worth of 0.25 among twelve of 0.02
+    assert 0.09 < drawn(0.02).misfit < 0.12
+    assert drawn(0.6).misfit > 0.4
 
 
 def test_nothing_that_is_given_up_adds_quality() -> None:
