@@ -61,8 +61,6 @@ from edgeprune.search import BASES, Goal, Rung, SearchSpace, mixes
 _NEEDED = (("transformers", "torch"), ("tokenizers", "torch"), ("gguf", "gguf"), ("llama_cpp", "gguf"))
 
 
-# Solving anew takes away a tenth to a half of what a cut costs: a plan further behind would not win by it
-WORTH_SOLVING = 2.5
 TEXT_SEED_OFFSET = 104_729  # what matrices are solved on is neither calibration nor held-out text
 
 
@@ -404,7 +402,7 @@ class _Job:
         self._open_reference(shop, dense)
         results = search.measure()
         if recipe.finalists != "none" and options.compensation is None and recipe.compensation == "none":
-            close = search.finalists(WORTH_SOLVING)
+            close = search.worth_solving()
             if close:
                 shop.text = text = text or solved_on()
                 made = functools.partial(_solved, recipe.finalists, text.key)

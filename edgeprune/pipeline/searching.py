@@ -18,6 +18,7 @@ from edgeprune.search import Goal, Option, Rung, SearchSpace
 
 SHOWN = 24  # options that were not measured, in the report
 FINALISTS = 2  # plans that the slow part is done for
+SOLVED_PART = 0.5  # most of a cut's cost that solving anew has been seen to take away
 
 USUAL_SLOPE = 0.55  # changed first choices over the root of the KL, as on SmolLM2-135M
 
@@ -202,19 +203,36 @@ class Search:
 
     # ------------------------------------------------ finalists
 
-    def finalists(self, within: float | None = None) -> list[lanes.LaneResult]:
-        """The best pruned plans that meet the limits, each at the type it is best with.
-
-        With `within`, only those whose value is at most so many times the best of all.
-        """
+    def finalists(self) -> list[lanes.LaneResult]:
+        """The best pruned plans that meet the limits, each at the type it is best with."""
         ranked = [(v, r) for r in self.results.values() if (v := self.value_of(r)) is not None]
-        ranked.sort(key=lambda pair: (pair[0], pair[1].lane.id))
         best: dict[str, lanes.LaneResult] = {}
-        for value, result in ranked:
-            if result.lane.plan.kept and (within is None or value <= within * ranked[0][0]):
+        for _, result in sorted(ranked, key=lambda pair: (pair[0], pair[1].lane.id)):
+            if result.lane.plan.kept:
                 key = result.lane.plan.key
                 best.setdefault(self._made_of.get(key, key), result)
         return list(best.values())[:FINALISTS]
+
+    def worth_solving(self) -> list[lanes.LaneResult]:
+        """Finalists that would be the best if solving anew took away half of what the cut costs them."""
+        values = [v for v in (self.value_of(r) for r in self.results.values()) if v is not None]
+        costs = {term.name: term.value for term in self.model().terms if term.name.startswith("cut ")}
+        out = []
+        for result in self.finalists():
+            rung = next((s for s in self._rungs() if s.id == result.lane.plan.id), None)
+            if self.goal.objective != "quality" or rung is None or result.quality is None:
+                out.append(result)
+                continue
+            features = self.space.option(rung, result.lane.quantization).features
+            part = sum(cost * features.get(name, 0.0) for name, cost in costs.items())
+            if result.quality.kl - SOLVED_PART * part <= min(values):
+                out.append(result)
+        return out
+
+    def _rungs(self) -> list[Rung]:
+        """Rungs of what was taken up; finalists' own plans are none."""
+        found = (self.space.find(s.plan, s.allocator, s.block) for s in self.log.steps)
+        return [rung for rung in found if rung is not None]
 
     def again(
         self, chosen: Sequence[lanes.LaneResult], made: Callable[[PrunePlan], PrunePlan], what: str
