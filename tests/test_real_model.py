@@ -60,9 +60,9 @@ def test_model_facts(report):
 def test_files_are_what_was_predicted(report):
     folder, out = report
     made = [c for c in out["candidates"] if c["artifact"]]
-    # what was given and the one dense type that fits; then a cut at a larger type, and nothing promised more
+    # what was given and the one dense type that fits; then a cut for comparison, and nothing promised more
     assert [c["id"] for c in made[:2]] == ["dense@Q4_1 as given", "dense@Q4_0"]
-    assert len(made) >= 3 and all(c["ratio"] > 0 and c["quantization"] == "Q8_0" for c in made[2:])
+    assert len(made) >= 3 and all(c["ratio"] > 0 for c in made[2:])
     assert out["search"]["stopped"] == "nothing left is expected to be better"
     for candidate in made:
         data = (folder / candidate["artifact"]["path"]).read_bytes()

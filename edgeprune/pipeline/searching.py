@@ -113,9 +113,9 @@ class Search:
         return list(self.results.values())
 
     def _comparison(self) -> list[Option]:
-        """Where nothing has to be pruned, one cut at the largest type: the report says what it costs."""
+        """Where a dense file fits, a small cut at the largest type: the report says what it costs."""
         dense = [o for o in self._options if o.rung.ratio == 0]
-        if self.compared is None or not dense or len(dense) < len(self._options):
+        if self.compared is None or not dense:
             return []
         largest = max(dense, key=lambda o: (o.features["activations"], o.cost.file_bytes))
         found = self.space.first_rung(largest.quantization, self.compared)
